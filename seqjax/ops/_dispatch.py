@@ -1,0 +1,64 @@
+"""Choice of implementation and argument checks shared by every op."""
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+
+Implementation: TypeAlias = Literal["reference", "xla", "pallas"]
+
+
+def resolve_implementation(op: str, implementation: str | None) -> str:
+    """Name of the form to run: ``None`` picks the best that exists here, a name is obeyed or refused.
+
+    Raises:
+        ValueError: the name is none of "reference", "xla", "pallas".
+        NotImplementedError: "pallas" was asked for and there is no kernel for ``op``.
+    """
+    if implementation is None:
+        return "xla"
+    if implementation not in ("reference", "xla", "pallas"):
+        raise ValueError(f"{op}: `implementation` is {implementation!r}; expected None, 'reference', 'xla' or 'pallas'")
+    if implementation == "pallas" and op not in pallas_kernels.AVAILABLE:
+        raise NotImplementedError(f"{op}: there is no Pallas kernel for this op yet; use implementation=None or 'xla'")
+    return implementation
+
+
+def check_shapes(op: str, arrays: Mapping[str, tuple[jax.Array | None, str]], **sizes: int) -> dict[str, int]:
+    """Check arrays against space-separated symbolic shapes and return the size of each symbol.
+
+    Args:
+        op: name used in messages.
+        arrays: argument name -> (array or None, shape such as ``"B T H K"``). ``None`` is skipped; a number is a fixed size.
+        sizes: symbols whose size is known beforehand.
+
+    Raises:
+        ValueError: an array has another rank, or a symbol two sizes; the message names both arguments.
+    """
+    origin = dict.fromkeys(sizes, "the call")
+    for name, (array, spec) in arrays.items():
+        if array is None:
+            continue
+        symbols = spec.split()
+        if array.ndim != len(symbols):
+            raise ValueError(f"{op}: `{name}` has shape {array.shape}; expected [{', '.join(symbols)}]")
+        for symbol, size in zip(symbols, array.shape):
+            if symbol.isdigit():
+                if size != int(symbol):
+                    raise ValueError(f"{op}: `{name}` has shape {array.shape}; expected [{', '.join(symbols)}]")
+            elif sizes.setdefault(symbol, size) != size:
+                raise ValueError(
+                    f"{op}: `{name}` has shape {array.shape}, so {symbol}={size}, but {origin[symbol]} has {symbol}={sizes[symbol]}"
+                )
+            else:
+                origin.setdefault(symbol, f"`{name}`")
+    return sizes
+
+
+def check_segment_ids(op: str, segment_ids: jax.Array | None) -> None:
+    """Segment ids are integers (0 is padding)."""
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"{op}: `segment_ids` has dtype {segment_ids.dtype}; expected integers (0 is padding)")

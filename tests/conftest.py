@@ -1,0 +1,5 @@
+import os
+
+# Eight virtual CPU devices, so that sharding laws are ordinary tests; must be set before jax starts its backend.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
