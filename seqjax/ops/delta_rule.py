@@ -6,9 +6,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from seqjax.ops._chunks import clear_padding, split_heads, state_dtype
-from seqjax.ops._dispatch import Implementation, check_segment_ids, check_shapes, resolve_implementation
+from seqjax.ops._chunks import (
+    Chunks,
+    check_inputs,
+    chunk_length,
+    clear_padding,
+    decay_shape,
+    decayed_scores,
+    matmul,
+    read,
+    scan_chunks,
+    scan_tokens,
+    state_dtype,
+    transpose,
+    write,
+)
+from seqjax.ops._dispatch import Implementation, resolve_implementation
 from seqjax.ops._segments import segment_info
+from seqjax.ops._triangular import unit_lower_inverse
 
 
 def delta_rule(
@@ -25,56 +40,89 @@ def delta_rule(
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """S' = diag(exp(g_t)) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,   o_t = scale * S_t^T q_t."""
-    groups, starts, initial_state, scale = _check(
-        query, key, value, beta, log_decay, scale, initial_state, segment_ids, chunk_size
-    )
-    if segment_ids is not None:
-        query, key, value, beta, log_decay = clear_padding(segment_ids != 0, query, key, value, beta, log_decay)
-    resolve_implementation("delta_rule", implementation)
-    return _reference(query, key, value, beta, log_decay, initial_state, starts, scale)
-
-
-def _check(query, key, value, beta, log_decay, scale, initial_state, segment_ids, chunk_size):
     op = "delta_rule"
-    sizes = check_shapes(
-        op,
-        {
-            "query": (query, "B T G K"),
-            "key": (key, "B T G K"),
-            "value": (value, "B T H V"),
-            "beta": (beta, "B T H"),
-            "log_decay": (log_decay, "B T H" if log_decay is None or log_decay.ndim == 3 else "B T H K"),
-            "initial_state": (initial_state, "B H K V"),
-            "segment_ids": (segment_ids, "B T"),
-        },
+    shapes = {
+        "query": (query, "B T G K"),
+        "key": (key, "B T G K"),
+        "value": (value, "B T H V"),
+        "beta": (beta, "B T H"),
+        "log_decay": (log_decay, decay_shape(log_decay)),
+    }
+    sizes = check_inputs(op, shapes, initial_state, segment_ids)
+    chunk_size = chunk_length(op, chunk_size, sizes["T"])
+    implementation = resolve_implementation(op, implementation)
+    dtype = state_dtype(query, key, value)
+    state = jnp.zeros([sizes[s] for s in "BHKV"], dtype) if initial_state is None else initial_state.astype(dtype)
+    beta, log_decay = beta.astype(dtype), None if log_decay is None else log_decay.astype(dtype)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    segments = None if segment_ids is None else segment_info(segment_ids)
+    if segments is not None:
+        query, key, value, beta, log_decay = clear_padding(segments.real, query, key, value, beta, log_decay)
+    if implementation == "reference" or sizes["T"] == 1:
+        return _reference(query, key, value, beta, log_decay, state, segments and segments.start, scale)
+    return _chunked(
+        query, key, value, beta, log_decay, state, segments and segments.document, scale, chunk_size=chunk_size
     )
-    check_segment_ids(op, segment_ids)
-    if initial_state is None:
-        initial_state = jnp.zeros([sizes[s] for s in "BHKV"], state_dtype(query, key, value))
-    starts = None if segment_ids is None else segment_info(segment_ids).start
-    return sizes["G"], starts, initial_state, sizes["K"] ** -0.5 if scale is None else scale
+
+
+def _step(state, token):
+    """One token: state [B, G, R, K, V], query and key [B, G, 1, K], value [B, G, R, V], beta [B, G, R], log decay [B, G, R, 1 or K]."""
+    q, k, v, b, g, start = token
+    if start is not None:
+        state = jnp.where(start[:, None, None, None, None], 0, state)
+    if g is not None:
+        state = jnp.exp(g)[..., None] * state
+    error = v - jnp.sum(k[..., None] * state, axis=-2)
+    state = state + k[..., None] * (b[..., None] * error)[..., None, :]
+    return state, jnp.sum(q[..., None] * state, axis=-2)
 
 
 @jax.jit
 def _reference(query, key, value, beta, log_decay, initial_state, starts, scale):
-    """The definition: one token after another, every state in float32."""
-    dtype = state_dtype(query, key, value)
-    groups = query.shape[2]
-    q, k, v, b = (split_heads(x, groups).astype(dtype) for x in (query, key, value, beta))
-    g = jnp.zeros(value.shape[:3], dtype) if log_decay is None else log_decay.astype(dtype)
-    g = split_heads(g, groups)
-    g = g[..., None] if g.ndim == 4 else g
-    starts = jnp.zeros(value.shape[:2], bool) if starts is None else starts
+    """The definition: one token after another in the state's dtype."""
+    return scan_tokens(_step, initial_state, (query, key, value, beta, log_decay), starts, query.shape[2], scale)
 
-    def step(state, token):
-        q, k, v, b, g, start = token
-        state = jnp.where(start[:, None, None, None, None], 0, state)
-        state = jnp.exp(g)[..., None] * state
-        error = v - jnp.sum(k[..., None] * state, axis=-2)
-        state = state + k[..., None] * (b[..., None] * error)[..., None, :]
-        return state, scale * jnp.sum(q[..., None] * state, axis=-2)
 
-    tokens = jax.tree.map(functools.partial(jnp.moveaxis, source=1, destination=0), (q, k, v, b, g, starts))
-    state, output = jax.lax.scan(step, split_heads(initial_state.astype(dtype), groups, axis=1), tokens)
-    output = jnp.moveaxis(output, 0, 1).reshape(value.shape)
-    return output.astype(jnp.result_type(query, key, value)), state.reshape(initial_state.shape)
+@functools.partial(jax.jit, static_argnames="chunk_size")
+def _chunked(query, key, value, beta, log_decay, initial_state, documents, scale, *, chunk_size):
+    """The WY / UT form. Write the update as S_r = e^{g_r} S_{r-1} + k_r w_r^T, w_r = beta_r (v_r - (e^{g_r} S_{r-1})^T k_r).
+
+    Unrolled from the state S before a chunk, with G_r = g_1 + .. + g_r:
+
+        S_r = e^{G_r} S + sum_{i<=r} e^{G_r - G_i} k_i w_i^T
+        w_r = beta_r (v_r - S^T (e^{G_r} k_r) - sum_{i<r} <k_r, e^{G_r - G_i} k_i> w_i)
+
+    so with A_ri = beta_r <k_r, e^{G_r - G_i} k_i> for i < r and T = (I + A)^-1 diag(beta):
+
+        W = T V - T (e^G K) S,    O = (e^G Q) S + tril(<q_r, e^{G_r - G_i} k_i>) W,    S <- e^{G_C} S + (e^{G_C - G} K)^T W
+
+    Only the two products with S are sequential.
+    """
+    dtype = jnp.result_type(query, key, value)
+
+    def body(state, chunks: Chunks):
+        q, k, v, b, g = chunks.tokens
+        (reads, overlaps), decays = decayed_scores((q, k), k, g, chunks.documents, chunks.carried, dtype)
+        solve = unit_lower_inverse(b[..., :, None] * overlaps) * b[..., None, :]  # T
+        fresh = matmul(solve, v, dtype)  # T V
+        if decays.from_start.shape[-1] == 1:
+            stale = matmul(solve * transpose(decays.from_start), k, dtype)  # T (e^G K)
+        else:
+            stale = matmul(solve, decays.from_start * k, dtype)
+        lead = fresh.shape[:-2]
+        decays = decays._replace(
+            to_end=jnp.broadcast_to(decays.to_end, lead + decays.to_end.shape[-2:]),
+            across=jnp.broadcast_to(decays.across, lead + decays.across.shape[-2:]),
+        )
+
+        def advance(state, chunk):
+            k, fresh, stale, to_end, across = chunk
+            written = fresh - matmul(stale, state, dtype)  # W
+            return across * state + write(k, to_end, written, dtype), (state, written)
+
+        state, (states, written) = jax.lax.scan(advance, state, (k, fresh, stale, decays.to_end, decays.across))
+        return state, (scale * (read(q, decays.from_start, states, dtype) + matmul(reads, written, dtype))).astype(
+            dtype
+        )
+
+    return scan_chunks(body, initial_state, (query, key, value, beta, log_decay), documents, query.shape[2], chunk_size)

@@ -6,8 +6,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from seqjax.ops._chunks import clear_padding, split_heads, state_dtype
-from seqjax.ops._dispatch import Implementation, check_segment_ids, check_shapes, resolve_implementation
+from seqjax.ops._chunks import (
+    Chunks,
+    check_inputs,
+    chunk_length,
+    clear_padding,
+    decay_shape,
+    decayed_scores,
+    matmul,
+    read,
+    scan_chunks,
+    scan_tokens,
+    state_dtype,
+    write,
+)
+from seqjax.ops._dispatch import Implementation, resolve_implementation
 from seqjax.ops._segments import segment_info
 
 
@@ -24,56 +37,65 @@ def linear_attention(
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,   o_t = scale * S_t^T q_t   (token t reads its own write)."""
-    groups, documents, initial_state, scale = _check(
-        query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size
-    )
-    if segment_ids is not None:
-        query, key, value, log_decay = clear_padding(segment_ids != 0, query, key, value, log_decay)
-    resolve_implementation("linear_attention", implementation)
-    return _reference(query, key, value, log_decay, initial_state, documents, scale)
-
-
-def _check(query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size):
     op = "linear_attention"
-    sizes = check_shapes(
-        op,
-        {
-            "query": (query, "B T G K"),
-            "key": (key, "B T G K"),
-            "value": (value, "B T H V"),
-            "log_decay": (log_decay, "B T H" if log_decay is None or log_decay.ndim == 3 else "B T H K"),
-            "initial_state": (initial_state, "B H K V"),
-            "segment_ids": (segment_ids, "B T"),
-        },
-    )
-    check_segment_ids(op, segment_ids)
-    if initial_state is None:
-        initial_state = jnp.zeros([sizes[s] for s in "BHKV"], state_dtype(query, key, value))
-    if segment_ids is None:
-        starts = None
-    else:
-        starts = segment_info(segment_ids).start
-    return sizes["G"], starts, initial_state, sizes["K"] ** -0.5 if scale is None else scale
+    shapes = {
+        "query": (query, "B T G K"),
+        "key": (key, "B T G K"),
+        "value": (value, "B T H V"),
+        "log_decay": (log_decay, decay_shape(log_decay)),
+    }
+    sizes = check_inputs(op, shapes, initial_state, segment_ids)
+    chunk_size = chunk_length(op, chunk_size, sizes["T"])
+    implementation = resolve_implementation(op, implementation)
+    dtype = state_dtype(query, key, value)
+    state = jnp.zeros([sizes[s] for s in "BHKV"], dtype) if initial_state is None else initial_state.astype(dtype)
+    log_decay = None if log_decay is None else log_decay.astype(dtype)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    segments = None if segment_ids is None else segment_info(segment_ids)
+    if segments is not None:
+        query, key, value, log_decay = clear_padding(segments.real, query, key, value, log_decay)
+    if implementation == "reference" or sizes["T"] == 1:
+        return _reference(query, key, value, log_decay, state, segments and segments.start, scale)
+    return _chunked(query, key, value, log_decay, state, segments and segments.document, scale, chunk_size=chunk_size)
+
+
+def _step(state, token):
+    """One token: state [B, G, R, K, V], query and key [B, G, 1, K], value [B, G, R, V], log decay [B, G, R, 1 or K]."""
+    q, k, v, g, start = token
+    if start is not None:
+        state = jnp.where(start[:, None, None, None, None], 0, state)
+    if g is not None:
+        state = jnp.exp(g)[..., None] * state
+    state = state + k[..., None] * v[..., None, :]
+    return state, jnp.sum(q[..., None] * state, axis=-2)
 
 
 @jax.jit
 def _reference(query, key, value, log_decay, initial_state, starts, scale):
-    """The definition: one token after another, every state in float32."""
-    dtype = state_dtype(query, key, value)
-    groups = query.shape[2]
-    q, k, v = (split_heads(x, groups).astype(dtype) for x in (query, key, value))
-    g = jnp.zeros(value.shape[:3], dtype) if log_decay is None else log_decay.astype(dtype)
-    g = split_heads(g, groups)
-    g = g[..., None] if g.ndim == 4 else g  # [B, T, G, R, 1 or K]
-    starts = jnp.zeros(value.shape[:2], bool) if starts is None else starts
+    """The definition: one token after another in the state's dtype."""
+    return scan_tokens(_step, initial_state, (query, key, value, log_decay), starts, query.shape[2], scale)
 
-    def step(state, token):
-        q, k, v, g, start = token
-        state = jnp.where(start[:, None, None, None, None], 0, state)
-        state = jnp.exp(g)[..., None] * state + k[..., None] * v[..., None, :]
-        return state, scale * jnp.sum(q[..., None] * state, axis=-2)
 
-    tokens = jax.tree.map(functools.partial(jnp.moveaxis, source=1, destination=0), (q, k, v, g, starts))
-    state, output = jax.lax.scan(step, split_heads(initial_state.astype(dtype), groups, axis=1), tokens)
-    output = jnp.moveaxis(output, 0, 1).reshape(value.shape)
-    return output.astype(jnp.result_type(query, key, value)), state.reshape(initial_state.shape)
+@functools.partial(jax.jit, static_argnames="chunk_size")
+def _chunked(query, key, value, log_decay, initial_state, documents, scale, *, chunk_size):
+    """Unrolled from the state S before a chunk, with G_i = g_1 + .. + g_i:
+
+    S_i = e^{G_i} S + sum_{j<=i} e^{G_i - G_j} k_j v_j^T
+    o_i = e^{G_i} q_i S + sum_{j<=i} A_ij v_j,    A_ij = sum_c q_ic k_jc e^{G_ic - G_jc}
+    """
+    dtype = jnp.result_type(query, key, value)
+
+    def body(state, chunks: Chunks):
+        q, k, v, g = chunks.tokens
+        (scores,), decays = decayed_scores((q,), k, g, chunks.documents, chunks.carried, dtype)
+        writes = write(k, decays.to_end, v, dtype)
+        across = jnp.broadcast_to(decays.across, writes.shape[:-2] + decays.across.shape[-2:])
+
+        def advance(state, chunk):
+            across, writes = chunk
+            return across * state + writes, state
+
+        state, states = jax.lax.scan(advance, state, (across, writes))
+        return state, (scale * (read(q, decays.from_start, states, dtype) + matmul(scores, v, dtype))).astype(dtype)
+
+    return scan_chunks(body, initial_state, (query, key, value, log_decay), documents, query.shape[2], chunk_size)
