@@ -138,8 +138,9 @@ def test_zero_new_tokens(model):
     ],
 )
 def test_mistakes_are_named(model, arguments: dict[str, Any], message):
+    defaults: dict[str, Any] = {"max_new_tokens": 2}
     with pytest.raises(ValueError, match=message):
-        generate(model, **({"max_new_tokens": 2} | arguments))
+        generate(model, **defaults | arguments)
 
 
 def test_non_finite_logits_are_an_error_not_a_token():
