@@ -62,3 +62,31 @@ def check_segment_ids(op: str, segment_ids: jax.Array | None) -> None:
     """Segment ids are integers (0 is padding)."""
     if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"{op}: `segment_ids` has dtype {segment_ids.dtype}; expected integers (0 is padding)")
+
+
+def check_floating(op: str, arrays: Mapping[str, jax.Array | None], *, allow_complex: bool = False) -> None:
+    """Arrays are real floating point (or complex, where the op is defined for it).
+
+    Raises:
+        ValueError: another dtype; the message names the argument.
+    """
+    kind = jnp.inexact if allow_complex else jnp.floating
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, kind):
+            expected = "a floating-point or complex dtype" if allow_complex else "a real floating-point dtype"
+            raise ValueError(f"{op}: `{name}` has dtype {array.dtype}; expected {expected}")
+
+
+def check_chunk_size(op: str, chunk_size: int | None) -> None:
+    """A chunk holds at least one token.
+
+    Raises:
+        ValueError: zero or negative.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{op}: `chunk_size` is {chunk_size}; expected a positive number of tokens or None")
+
+
+def state_dtype(*arrays: jax.Array | None) -> jnp.dtype:
+    """Dtype of states and of accumulation: float32, or wider where an input is (float64, complex)."""
+    return jnp.result_type(jnp.float32, *(array.dtype for array in arrays if array is not None))

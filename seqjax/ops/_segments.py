@@ -33,3 +33,11 @@ def segment_info(segment_ids: Int[Array, "B T"]) -> Segments:
     previous_id = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
     start = real & (previous >= 0) & (segment_ids != previous_id)
     return Segments(real, start, jnp.cumsum(start, axis=1))
+
+
+def clear_padding(real: Bool[Array, "B T"], array: Array, fill: float = 0.0) -> Array:
+    """``array`` [B, T, ...] with ``fill`` at padding tokens.
+
+    Done before any arithmetic, so that neither values nor gradients see what padding holds, be it NaN.
+    """
+    return jnp.where(real.reshape(real.shape + (1,) * (array.ndim - 2)), array, jnp.asarray(fill, array.dtype))

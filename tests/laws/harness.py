@@ -103,7 +103,9 @@ def widen(tree: Any) -> Any:
         array = np.asarray(array)
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             return jnp.asarray(array.astype(np.complex128))
-        return jnp.asarray(array.astype(np.float64)) if jnp.issubdtype(array.dtype, jnp.floating) else jnp.asarray(array)
+        return (
+            jnp.asarray(array.astype(np.float64)) if jnp.issubdtype(array.dtype, jnp.floating) else jnp.asarray(array)
+        )
 
     return jax.tree.map(leaf, tree)
 

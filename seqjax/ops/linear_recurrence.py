@@ -1,0 +1,238 @@
+r"""Elementwise linear recurrence, real or complex.
+
+.. math:: h_t = a_t \circ h_{t-1} + x_t
+
+The recurrence of RG-LRU (arXiv:2402.19427, eq. 4), HGRN (arXiv:2311.04823), minGRU (arXiv:2410.01201), the LRU
+(arXiv:2303.06349), S4D and S5 after diagonalisation, and of exponential averages.
+
+Forms: ``"reference"`` is one step per token. ``"xla"`` cuts time into chunks and runs all chunks side by side: once for what
+each chunk adds and by how much it decays, then one short scan over the chunks, then once more from the right states. It
+multiplies decays and never divides by them, so any decay is safe, 0 included. Its backward is the same three passes reversed.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact, Int
+
+from seqjax.ops._dispatch import (
+    check_chunk_size,
+    check_floating,
+    check_segment_ids,
+    check_shapes,
+    resolve_implementation,
+    state_dtype,
+)
+from seqjax.ops._segments import Segments, clear_padding, segment_info
+
+OP = "linear_recurrence"
+
+
+def linear_recurrence(
+    x: Inexact[Array, "B T D"],
+    log_decay: Float[Array, "B T D"] | None = None,
+    *,
+    decay: Inexact[Array, "B T D"] | None = None,
+    initial_state: Inexact[Array, "B D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
+    r"""Compute :math:`h_t = a_t \circ h_{t-1} + x_t` for every token.
+
+    Args:
+        x: inputs ``[B, T, D]``, real or complex.
+        log_decay: logarithm of the decay, :math:`a = e^{g}`; ``-inf`` is a reset. Its gradient is
+            :math:`a_t h_{t-1} \lambda_t`, finite for every value up to and including ``-inf``.
+        decay: the decay itself, real or complex. Exactly one of ``log_decay`` and ``decay`` is given.
+        initial_state: state before the first token ``[B, D]``; zeros by default.
+        segment_ids: documents of a packed row ``[B, T]``: a change of id resets the state, 0 is padding.
+        chunk_size: tokens per chunk of the ``"xla"`` form; by default near the value that minimises the number of
+            sequential steps, ``2 C + T / C``.
+        implementation: ``"reference"``, ``"xla"`` or None (the best here).
+
+    Returns:
+        ``(h, state)``: all states ``[B, T, D]`` in the dtype of ``x`` (complex if the state is) and the last one ``[B, D]``
+        in float32 (complex64; wider for wider inputs). ``h`` is 0 at padding.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or not exactly one of ``log_decay`` and ``decay`` was given.
+        NotImplementedError: ``implementation="pallas"`` where there is no kernel.
+
+    Example:
+        >>> x = jnp.ones((1, 4, 1))
+        >>> h, state = linear_recurrence(x, decay=jnp.full_like(x, 0.5))
+        >>> h[0, :, 0].tolist()
+        [1.0, 1.5, 1.75, 1.875]
+    """
+    form = resolve_implementation(OP, implementation)
+    if (log_decay is None) == (decay is None):
+        given = "neither" if decay is None else "both"
+        raise ValueError(f"{OP}: give exactly one of `log_decay` and `decay`; got {given}")
+    sizes = check_shapes(
+        OP,
+        {
+            "x": (x, "B T D"),
+            "log_decay": (log_decay, "B T D"),
+            "decay": (decay, "B T D"),
+            "initial_state": (initial_state, "B D"),
+            "segment_ids": (segment_ids, "B T"),
+        },
+    )
+    check_floating(OP, {"x": x, "decay": decay, "initial_state": initial_state}, allow_complex=True)
+    check_floating(OP, {"log_decay": log_decay})
+    check_segment_ids(OP, segment_ids)
+    check_chunk_size(OP, chunk_size)
+    dtype = state_dtype(x, log_decay, decay, initial_state)
+    output_dtype = dtype if jnp.issubdtype(dtype, jnp.complexfloating) else x.dtype
+    if initial_state is None:
+        initial_state = jnp.zeros((sizes["B"], sizes["D"]), dtype)
+    initial_state = initial_state.astype(dtype)
+    segments = None
+    if segment_ids is not None:
+        segments = segment_info(segment_ids)
+        x = clear_padding(segments.real, x)
+        log_decay = None if log_decay is None else clear_padding(segments.real, log_decay)
+        decay = None if decay is None else clear_padding(segments.real, decay, 1.0)
+    x = x.astype(dtype)
+    a = jnp.exp(log_decay.astype(jnp.finfo(dtype).dtype)).astype(dtype) if decay is None else decay.astype(dtype)
+    if sizes["T"] == 0:
+        return x.astype(output_dtype), initial_state
+    if form == "reference":
+        h, state = _reference(a, x, initial_state, segments)
+    else:
+        if segments is not None:
+            a = jnp.where(segments.start[..., None], 0, a)
+        h, state = chunked_recurrence(a, x, initial_state, chunk_size)
+    if segments is not None:
+        h = clear_padding(segments.real, h)
+    return h.astype(output_dtype), state
+
+
+def _reference(a: Array, x: Array, initial_state: Array, segments: Segments | None) -> tuple[Array, Array]:
+    """One step per token, as the equation reads."""
+    if segments is None:
+        real, start = jnp.ones(x.shape[:2], bool), jnp.zeros(x.shape[:2], bool)
+    else:
+        real, start = segments.real, segments.start
+
+    def step(h, token):
+        a_t, x_t, real_t, start_t = token
+        carried = jnp.where(start_t[:, None], 0, a_t * h)
+        h = jnp.where(real_t[:, None], carried + x_t, h)
+        return h, h
+
+    time_major = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), (a, x, real, start))
+    state, h = jax.lax.scan(step, initial_state, time_major)
+    return jnp.swapaxes(h, 0, 1), state
+
+
+def default_chunk_size(time: int) -> int:
+    """Power of two near ``sqrt(T / 2)``, where ``2 C + T / C`` sequential steps are fewest; short rows are one chunk."""
+    return time if time <= 16 else 2 ** round(math.log2(time / 2) / 2)
+
+
+def chunked_recurrence(
+    a: Inexact[Array, "B T D"],
+    x: Inexact[Array, "B T D"],
+    initial_state: Inexact[Array, "B D"],
+    chunk_size: int | None = None,
+) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
+    """The chunked form on arrays of one dtype, for any ``T >= 1``."""
+    batch, time, dim = x.shape
+    chunk = min(time, chunk_size or default_chunk_size(time))
+    extra = -time % chunk
+    if extra:
+        # Tokens that neither decay nor write: the final state is still that of the last real token.
+        a = jnp.pad(a, ((0, 0), (0, extra), (0, 0)), constant_values=1)
+        x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
+    shape = (batch, (time + extra) // chunk, chunk, dim)
+    h, state = _chunks(a.reshape(shape), x.reshape(shape), initial_state)
+    return h.reshape(batch, time + extra, dim)[:, :time], state
+
+
+class _Residuals(NamedTuple):
+    a: Array  # [B, n, C, D]
+    h: Array  # [B, n, C, D]
+    chunk_start: Array  # [B, n, D], the state before each chunk
+    chunk_decay: Array | None  # [B, n, D], product of a chunk's decays
+
+
+@jax.custom_vjp
+def _chunks(a: Array, x: Array, initial_state: Array) -> tuple[Array, Array]:
+    """States [B, n, C, D] and the last one [B, D]."""
+    return _chunks_forward(a, x, initial_state)[0]
+
+
+def _token(array: Array, i: Array | int) -> Array:
+    """Token ``i`` of every chunk: [B, n, C, D] -> [B, n, D]. A slice in place: moving time to the front copies the array."""
+    return jax.lax.dynamic_index_in_dim(array, i, axis=2, keepdims=False)
+
+
+def _chunks_forward(a, x, initial_state):
+    chunks, chunk = a.shape[1:3]
+    if chunks == 1:
+        chunk_start, chunk_decay = initial_state[:, None], None
+    else:
+
+        def summarise(i, carry):
+            product, h = carry
+            return product * _token(a, i), _token(a, i) * h + _token(x, i)
+
+        chunk_decay, added = jax.lax.fori_loop(1, chunk, summarise, (a[:, :, 0], x[:, :, 0]))
+        chunk_start = _scan_chunks(chunk_decay, added, initial_state)
+
+    def step(i, carry):
+        h, output = carry
+        h = _token(a, i) * h + _token(x, i)
+        return h, jax.lax.dynamic_update_index_in_dim(output, h, i, axis=2)
+
+    last, h = jax.lax.fori_loop(0, chunk, step, (chunk_start, jnp.zeros_like(x)))
+    return (h, last[:, -1]), _Residuals(a, h, chunk_start, chunk_decay)
+
+
+def _scan_chunks(decay: Array, added: Array, initial: Array, *, reverse: bool = False) -> Array:
+    """State before each chunk [B, n, D] (after it, in reverse) from what each chunk decays and adds."""
+
+    def step(h, chunk):
+        return chunk[0] * h + chunk[1], h
+
+    _, before = jax.lax.scan(step, initial, (jnp.swapaxes(decay, 0, 1), jnp.swapaxes(added, 0, 1)), reverse=reverse)
+    return jnp.swapaxes(before, 0, 1)
+
+
+def _chunks_backward(residuals, cotangents):
+    r"""Same recurrence reversed, :math:`\lambda_t = dh_t + \mu_t`, :math:`\mu_{t-1} = a_t \lambda_t`, :math:`da_t = h_{t-1}\lambda_t`.
+
+    JAX's complex cotangents transpose without conjugation, so real and complex read the same.
+    """
+    a, h, chunk_start, chunk_decay = residuals
+    d_h, d_state = cotangents
+    chunks, chunk = a.shape[1:3]
+    if chunks == 1:
+        mu = d_state[:, None]
+    else:
+
+        def summarise(j, mu):
+            i = chunk - 1 - j
+            return _token(a, i) * (_token(d_h, i) + mu)
+
+        added = jax.lax.fori_loop(1, chunk, summarise, a[:, :, -1] * d_h[:, :, -1])
+        mu = _scan_chunks(chunk_decay, added, d_state, reverse=True)
+
+    def step(j, carry):
+        mu, d_a, d_x = carry
+        i = chunk - 1 - j
+        lam = _token(d_h, i) + mu
+        previous = jnp.where(i > 0, _token(h, jnp.maximum(i - 1, 0)), chunk_start)
+        update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=2)
+        return _token(a, i) * lam, update(d_a, previous * lam), update(d_x, lam)
+
+    mu, d_a, d_x = jax.lax.fori_loop(0, chunk, step, (mu, jnp.zeros_like(a), jnp.zeros_like(a)))
+    return d_a, d_x, mu[:, 0]
+
+
+_chunks.defvjp(_chunks_forward, _chunks_backward)
