@@ -36,7 +36,6 @@ class PartWriter:
         self.counts = {"tokens": 0, "documents": 0, "bytes": 0, "words": 0}
         self._open = np.zeros(3, np.int64)  # tokens, bytes, words of the document that is being written
         self._mid_word = False
-        self.inexact_cuts = 0
         self.open_end = False
 
     def add(self, item: Item, piece: Piece) -> None:

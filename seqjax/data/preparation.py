@@ -54,23 +54,28 @@ class PrepareError(RuntimeError):
 class PrepareConfig:
     """What to prepare; the fields are the arguments of `seqjax prepare`."""
 
-    source: str  # one of SOURCES
-    paths: tuple[str, ...] = ()  # files, folders, globs or fsspec URLs
-    out: str = ""  # corpus folder
-    tokenizer: str = "bytes"  # see `load_tokenizer`
-    train_bpe: int | None = None  # train a byte-level BPE with so many tokens on the train split instead
-    bpe_megabytes: int = 500  # text that the BPE sees, taken evenly from the units
-    eos: str | None = None  # end-of-document token, where the tokenizer's has an unusual name
-    train: tuple[str, ...] = ()  # paths of the train split
-    validation: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-    validation_fraction: float = 0.0  # of the documents, by hash of the file name or the text
-    test_fraction: float = 0.0
-    document: str | None = None  # what a document is; None: the source's default
-    field: str = "text"  # json field or parquet column
-    workers: int = 0  # processes; 0: one per CPU core
-    on_error: Literal["stop", "skip"] = "stop"  # bad input: stop, or leave it out and report it
-    overwrite: bool = False  # replace a corpus or an unfinished one with other settings
+    source: str  # what is read, one of SOURCES
+    paths: tuple[str, ...] = ()
+    """Files, folders, globs or fsspec URLs, plain or .gz; splits come from official file names or from the fractions."""
+    out: str = ""  # corpus folder to write
+    tokenizer: str = "bytes"
+    """`bytes`, a tokenizer.json, a SentencePiece .model, VOCAB.json,MERGES.txt, a folder with these, or a corpus."""
+    train_bpe: int | None = None  # instead, train a byte-level BPE with this many tokens on the train split
+    bpe_megabytes: int = 500  # text that the BPE is trained on, taken evenly from the train split
+    eos: str | None = None  # the tokenizer's end-of-document token, where it has an unusual name
+    train: tuple[str, ...] = ()  # paths of the train split, instead of the positional paths
+    validation: tuple[str, ...] = ()  # paths of the validation split
+    test: tuple[str, ...] = ()  # paths of the test split
+    validation_fraction: float = 0.0
+    """Share of the documents for validation, chosen by the hash of the file name (of the text, where a file holds many)."""
+    test_fraction: float = 0.0  # share of the documents for test
+    document: Literal["file", "line", "blank-line", "article"] | None = None
+    """What a document is. text: file (default), line, or blank-line (paragraphs). wikitext: article (default) or file."""
+    field: str = "text"  # json field or parquet column that holds the text
+    workers: int = 0  # processes, 0: one per core; the corpus does not depend on it
+    on_error: Literal["stop", "skip"] = "stop"
+    """Bad input (invalid UTF-8, empty document, damaged file, malformed record): stop, or leave it out and report it."""
+    overwrite: bool = False  # replace a corpus, or an unfinished one with other settings, that is in the way
 
 
 # (bytes done, bytes in all, documents done, what is being done)

@@ -1,10 +1,10 @@
 """Reading input: local paths and fsspec URLs, plain or gzip, as a stream of text pieces of bounded size.
 
-A document is a run of pieces, the last of which has ``end``. Documents longer than `PIECE` characters are cut at a newline
-where byte-level BPE with a GPT-2 or GPT-4 pre-tokenizer gives the same tokens as for the uncut text: after a newline
-between two visible characters, or between a newline and a single space. Without such a place in half a piece the cut is
-at another newline, else at white space, else anywhere; then a token that would span the cut is two (SentencePiece, which
-begins every text with a space, always sees the cut). Bytes never do.
+A document is a run of pieces, the last of which has ``end``. Documents longer than `PIECE` characters are cut where byte-level
+BPE with a GPT-2 or GPT-4 pre-tokenizer gives the same tokens as for the uncut text: after a newline between two visible
+characters, between a newline and a single space, or, for want of these, before a single space between letters. Text that has
+none of them for half a piece is cut at another newline, else at white space, else anywhere: there a token that would span
+the cut may be two. SentencePiece, which puts a space before every text, sees all cuts; bytes see none.
 """
 
 import gzip
@@ -201,6 +201,10 @@ def _cut_place(text: str, begin: int) -> int:
             return place + 1
         if after == " " and not following.isspace():
             return place + 1
+    place = high
+    while (place := text.rfind(" ", low, place)) >= 0:
+        if text[place - 1].isalpha() and text[place + 1].isalpha():
+            return place
     for pattern in ("\n", " "):
         if (place := text.rfind(pattern, low, high)) >= 0:
             return place + 1

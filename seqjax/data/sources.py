@@ -289,12 +289,13 @@ def _cut_file(file: InputFile, selection: Selection, about: dict[str, dict[str, 
         return [whole] if reader == "wikitext" else _cut_parquet(file, unit_bytes)
     if file.path.endswith(".gz") or file.size <= 2 * unit_bytes:
         return [whole]
-    boundary = _BOUNDARIES["file" if whole_file else selection.document]
+    boundaries = _BOUNDARIES["file" if whole_file else selection.document]
     cuts = [0]
     with fsspec.open(file.path, "rb") as stream:
         for place in range(unit_bytes, file.size - unit_bytes // 2, unit_bytes):
             stream.seek(place)
-            if match := boundary.search(stream.read(CUT_SEARCH)):
+            ahead = stream.read(CUT_SEARCH)
+            if match := next(filter(None, (boundary.search(ahead) for boundary in boundaries)), None):
                 cut = place + match.end()
                 if cuts[-1] < cut < file.size:
                     cuts.append(cut)
@@ -315,13 +316,13 @@ def _cut_file(file: InputFile, selection: Selection, about: dict[str, dict[str, 
 
 
 # Where a plain file may be cut so that the parts hold whole documents; for `file`, where a document may be cut so that
-# byte-level BPE sees no difference (see `reading`), restricted to visible ASCII around the newline.
+# byte-level BPE sees no difference (see `reading`), restricted to ASCII around the cut and tried in turn.
 _BOUNDARIES = {
-    "file": re.compile(rb"[!-~]\n(?=[!-~])|\n(?= [!-~])"),
-    "line": re.compile(rb"\n"),
-    "record": re.compile(rb"\n"),
-    "blank-line": re.compile(rb"\n[ \t\r]*\n(?=[^ \t\r\n])"),
-    "article": re.compile(rb"\n(?= ?\n ?= [^=\n][^\n]*[^=\n] = ?\n ?\n)"),
+    "file": (re.compile(rb"[!-~]\n(?=[!-~])|\n(?= [!-~])"), re.compile(rb"[A-Za-z](?= [A-Za-z])")),
+    "line": (re.compile(rb"\n"),),
+    "record": (re.compile(rb"\n"),),
+    "blank-line": (re.compile(rb"\n[ \t\r]*\n(?=[^ \t\r\n])"),),
+    "article": (re.compile(rb"\n(?= ?\n ?= [^=\n][^\n]*[^=\n] = ?\n ?\n)"),),
 }
 
 
