@@ -35,10 +35,10 @@ class Checkpoints:
             max_to_keep=None if read_only else config.max_to_keep,
             keep_period=config.keep_period,
             cleanup_tmp_directories=not read_only,
-            read_only=read_only,
             create=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         self._pending: int | None = None
 
     def steps(self) -> list[int]:

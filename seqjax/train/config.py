@@ -35,7 +35,7 @@ class EvaluationConfig:
     every: int = 500  # steps between evaluations; 0 for none. The end of training is evaluated too
     split: str = "validation"
     batches: int | None = 50  # of the training batch size; None for the whole split
-    samples: int = 0  # texts to generate into samples/ after each evaluation
+    samples: int = 2  # texts that `seqjax train` generates into samples/ after each evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,14 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
-    steps: int = 1000  # optimiser steps in the whole run
-    seed: int = 0  # of initial parameters and everything random in training (data.seed shuffles)
-    gradient_accumulation: int = 1  # microbatches per step; must divide the batch size
-    patience: int = 10  # consecutive steps with a non-finite loss or gradient before training stops
+    steps: int = 1000
+    """Optimiser steps in the whole run."""
+    seed: int = 0
+    """Of initial parameters and everything random in training (``data.seed`` shuffles)."""
+    gradient_accumulation: int = 1
+    """Microbatches per step; with the mesh's data x fsdp it must divide the batch size."""
+    patience: int = 10
+    """Consecutive steps with a non-finite loss or gradient before training stops."""
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Display:
             self._last = now
             rate = (step - self._start) / max(now - self._begin, 1e-9)
             left = (self._steps - step) / max(rate, 1e-9)
-            self.say(f"step {step}/{self._steps}  {line}  {rate:.2f} steps/s  {_duration(left)} left")
+            self.say(f"step {step}/{self._steps}  {line}  {_duration(left)} left")
 
     @staticmethod
     def _format(values: Mapping[str, float | int | str]) -> str:
@@ -89,6 +89,7 @@ class Display:
             ("learning_rate", "lr", ".2e"),
             ("tokens_per_second", "tokens/s", ",.0f"),
             ("mfu", "mfu", ".1%"),
+            ("seconds_per_step", "s/step", ".3f"),
         ):
             if name in values:
                 parts.append(f"{label} {values[name]:{pattern}}")

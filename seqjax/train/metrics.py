@@ -105,12 +105,10 @@ def draw_losses(folder: Path) -> Path | None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for (label, points), style in zip(
-        curves.items(), ({"linewidth": 0.8, "alpha": 0.8}, {"marker": "o", "markersize": 3})
-    ):
+    for label, points in curves.items():
         if points:
             steps, losses = np.array(points).T
-            axes.plot(steps, losses, label=label, **style)
+            axes.plot(steps, losses, "-" if label == "training" else "o-", label=label, linewidth=0.8, markersize=3)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()

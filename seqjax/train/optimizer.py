@@ -121,15 +121,15 @@ def _muon(config: OptimizerConfig, schedule: optax.Schedule, structure: Structur
     # are separated here and optax's muon sees matrices only.
     dimensions = muon_dimensions(structure)
 
-    def matrices(params: dict[str, Any]) -> dict[str, Any]:
+    def matrices(params: Any) -> Any:
         return {name: leaf if isinstance(leaf, optax.MaskedNode) else dimensions[name] for name, leaf in params.items()}
 
-    def decay(params: dict[str, Any]) -> dict[str, Any]:
+    def decay(params: Any) -> Any:
         return {
             name: leaf if isinstance(leaf, optax.MaskedNode) else structure.decay[name] for name, leaf in params.items()
         }
 
-    halves = {
+    halves: dict[Any, optax.GradientTransformation] = {
         "muon": optax.contrib.muon(
             schedule,
             beta=config.momentum,

@@ -175,7 +175,6 @@ class Trainer:
         start = self._resume_step(checkpoints)
         if start is not None:
             self._notes += check_same_run(config, self.folder)
-        save_config(config, self.folder / "config.json")
         display = Display(config.steps, start or 0, quiet=self._quiet or jax.process_index() > 0)
         display.say(f"{program.structure.size:,} parameters")
         for name, reason in unsharded(program.structure, program.mesh).items():
@@ -191,6 +190,9 @@ class Trainer:
             self._batches.set_state(data_state)
             batch = None
             display.say(f"resumed from the checkpoint of step {start}")
+        save_config(
+            config, self.folder / "config.json"
+        )  # only now: a checkpoint that does not fit leaves the folder alone
         log = MetricsLog(self.folder, tensorboard=config.logging.tensorboard, start=start or 0, report=display.say)
         loop = _Loop(self, checkpoints, display, log, state, start or 0, batch)
         try:
