@@ -78,6 +78,8 @@ class OpSpec:
     """Inputs without a batch axis (weights)."""
     log_decay: str | None = None
     """The input that is a log decay, for the stability law."""
+    extremes: Callable[[Inputs], dict[str, Inputs]] | None = None
+    """Further inputs for the stability law, by name, made from ordinary ones."""
     bfloat16_ratio: float = TOLERANCE["bfloat16"]
     chunk_size: int = 8
     """A small chunk, so that short sequences cross several boundaries."""
@@ -110,7 +112,7 @@ def widen(tree: Any) -> Any:
     return jax.tree.map(leaf, tree)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled(spec: OpSpec, implementation: str | None, chunk_size: int | None = None) -> Callable[..., Any]:
     """Jitted `f(inputs, segment_ids) -> (output, state)`."""
     return jax.jit(
@@ -126,7 +128,7 @@ def weighted_sum(tree: Any, weights: Any) -> jax.Array:
     return sum(jax.tree.leaves(terms))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled_gradients(spec: OpSpec, implementation: str | None, chunk_size: int | None = None) -> Callable[..., Any]:
     """Jitted `f(inputs, segment_ids, weights) -> ((output, state), gradients by input name)`."""
 
