@@ -1,0 +1,374 @@
+"""Five architectures, the same parameters, data, budget and tuning: which one models real text best?
+
+Data: a PG-19-shaped shelf of 60 novels, read as contiguous streams with carried state; WikiText-103 (the head of its train
+split, the official validation and test), read as packed windows. Both with a BPE of 4096 trained on the train split (`small`) or
+the GPT-2 tokenizer (`full`). Every architecture is trained at every learning rate of one grid for a shortened budget, then at its
+best one for the whole budget. `loss by position` compares the same trained model with carried and with reset state.
+
+Options (``--option KEY=VALUE``): ``data`` folder with ``pg19-mini`` and ``wikitext-103`` (default: $SEQJAX_SHARED_DATA, else
+``../shared/data`` beside the checkout); ``workers`` training runs at a time, each on its share of the cores (default: 2 on a CPU
+that has them); ``corpora`` and ``models``, comma-separated, to run a part.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+from typing import Any
+
+CLAIM = (
+    "At equal parameters, data, budget and tuning, recurrent and hybrid language models are on a par with a Transformer on "
+    "real text, and with carried state their loss keeps falling past the training window"
+)
+MODELS = ("transformer", "mamba2", "gated-deltanet", "griffin", "hybrid")
+CORPORA = ("pg19", "wikitext103")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Sizes of one run of the experiment."""
+
+    cost: str
+    size: str  # of the presets
+    vocabulary: int | None  # of the BPE trained here; None for the GPT-2 tokenizer
+    window: int
+    batch_size: int
+    steps: dict[str, int]  # corpus -> steps of the final runs
+    grid_steps: dict[str, int]  # corpus -> steps of each run of the grid
+    learning_rates: tuple[float, ...]
+    evaluation_tokens: int | None  # of the validation split; the test split is always evaluated whole
+    speed_steps: int
+    dtype: str = "float32"
+
+
+SCALES = {
+    "smoke": Scale(
+        "a minute: checks that it runs",
+        "tiny",
+        512,
+        64,
+        4,
+        dict.fromkeys(CORPORA, 6),
+        dict.fromkeys(CORPORA, 3),
+        (3e-3,),
+        2000,
+        3,
+    ),
+    "small": Scale(
+        "under two hours on 2 CPU cores",
+        "tiny",
+        4096,
+        256,
+        8,
+        {"pg19": 800, "wikitext103": 400},
+        {"pg19": 160, "wikitext103": 100},
+        (2e-3, 4e-3, 8e-3),
+        200_000,
+        12,
+    ),
+    "full": Scale(
+        "about 5 minutes per run on an H200",
+        "150m",
+        None,
+        2048,
+        32,
+        {"pg19": 1500, "wikitext103": 100},
+        {"pg19": 300, "wikitext103": 40},
+        (5e-4, 1e-3, 2e-3),
+        None,
+        20,
+        "bfloat16",
+    ),
+}
+
+
+def data_folder(options: dict[str, str]) -> pathlib.Path:
+    root = pathlib.Path(__file__).resolve().parents[2]
+    folder = pathlib.Path(
+        options.get("data") or os.environ.get("SEQJAX_SHARED_DATA") or root.parent / "shared" / "data"
+    )
+    if not (folder / "pg19-mini").is_dir():
+        raise FileNotFoundError(f"{folder} has no pg19-mini: name the folder of the texts with --option data=PATH")
+    return folder
+
+
+def prepare_corpora(scale: Scale, texts: pathlib.Path, directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Token corpora by name; made on the first call."""
+    from seqjax.data import PrepareConfig, prepare
+
+    tokenizer: dict[str, Any] = {"train_bpe": scale.vocabulary}
+    if scale.vocabulary is None:
+        tokenizer = {"tokenizer": str(texts / "tokenizers" / "gpt2" / "tokenizer.json.gz")}
+    wikitext = texts / "wikitext-103"
+    splits = {
+        name: (str(wikitext / f"wiki.{file}.tokens.gz"),)
+        for name, file in (("train", "train.head"), ("validation", "valid"), ("test", "test"))
+    }
+    sources = {
+        "pg19": {"source": "pg19", "paths": (str(texts / "pg19-mini"),)},
+        "wikitext103": {"source": "wikitext", **splits},
+    }
+    paths = {}
+    for name, source in sources.items():
+        paths[name] = directory / "corpora" / name
+        print(f"preparing {paths[name]}", flush=True)
+        prepare(PrepareConfig(out=str(paths[name]), **source, **tokenizer))
+    return paths
+
+
+def train_config(scale: Scale, model: str, corpus: str, path: pathlib.Path, steps: int, learning_rate: float):
+    """The same for every model but for the architecture."""
+    from seqjax.data import Corpus, LoaderConfig
+    from seqjax.layers import AttentionConfig
+    from seqjax.models import preset
+    from seqjax.tasks import NextToken
+    from seqjax.train import TrainConfig
+    from seqjax.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig
+    from seqjax.train.optimizer import OptimizerConfig, ScheduleConfig
+
+    vocabulary = -(-Corpus.open(str(path), "train").vocab_size // 64) * 64
+    config = preset(f"{model}-{scale.size}", vocab_size=vocabulary, dtype=scale.dtype)
+    # Full attention sees as much as a carried cache of one window holds: the last 2 windows of tokens.
+    pattern = tuple(
+        dataclasses.replace(mixer, max_length=2 * scale.window)
+        if isinstance(mixer, AttentionConfig) and mixer.window is None
+        else mixer
+        for mixer in config.pattern
+    )
+    stream = corpus == "pg19"
+    return TrainConfig(
+        model=dataclasses.replace(config, pattern=pattern),
+        task=NextToken(carry=stream),
+        data=LoaderConfig(
+            path=str(path), kind="stream" if stream else "packed", window=scale.window, batch_size=scale.batch_size
+        ),
+        optimizer=OptimizerConfig(learning_rate=learning_rate),
+        schedule=ScheduleConfig(warmup=0.1),
+        checkpoint=CheckpointConfig(every=0, max_to_keep=1),
+        evaluation=EvaluationConfig(every=0),
+        logging=LoggingConfig(every=1, tensorboard=False),
+        steps=steps,
+    )
+
+
+def job(request: dict[str, Any]) -> dict[str, Any]:
+    """Train one model, score it, return numbers. Runs in a process of its own."""
+    import statistics
+    import time
+
+    from seqjax.data import Corpus
+    from seqjax.evaluate import perplexity
+    from seqjax.evaluate.plots import plot_loss_by_position
+    from seqjax.models import parameter_count
+    from seqjax.train import Trainer, load_run
+
+    scale = SCALES[request["scale"]]
+    path, run = pathlib.Path(request["corpus_path"]), pathlib.Path(request["run"])
+    config = train_config(scale, request["model"], request["corpus"], path, request["steps"], request["learning_rate"])
+    start = time.perf_counter()
+    Trainer(config, run, resume="auto", quiet=True).run()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    result = {
+        "parameters": parameter_count(config.model),
+        "train_seconds": time.perf_counter() - start,
+        "train_loss": statistics.mean(r["loss"] for r in records[-20:] if "loss" in r),
+        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in records[2:] if "tokens_per_second" in r),
+    }
+    if request["kind"] == "speed":
+        return result
+    _, model, _ = load_run(run)
+
+    def score(split: str, state: str, max_tokens: int | None):
+        rows = max(1, min(scale.batch_size, Corpus.open(str(path), split).num_documents))
+        return perplexity(
+            model,
+            Corpus.open(str(path), split),
+            state=state,
+            window=scale.window,
+            batch_size=rows,
+            max_tokens=max_tokens,
+        )
+
+    result["validation"] = score("validation", "carry", scale.evaluation_tokens).to_dict()
+    if request["kind"] == "final":
+        scores = {state: score("test", state, None) for state in ("carry", "reset")}
+        result |= {f"test_{state}": value.to_dict() for state, value in scores.items()}
+        labels = {f"{request['model']}, {state} state": value for state, value in scores.items()}
+        plot_loss_by_position(labels, run / "loss-by-position.png", window=scale.window)
+    return result
+
+
+def run_jobs(requests: list[dict[str, Any]], directory: pathlib.Path, workers: int) -> list[dict[str, Any]]:
+    """Each request in its own process, ``workers`` at a time on disjoint cores; finished ones are read from disk."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+    shares: queue.SimpleQueue = queue.SimpleQueue()
+    for worker in range(workers):
+        shares.put(cores[worker::workers])
+
+    def one(request: dict[str, Any]) -> dict[str, Any]:
+        folder = pathlib.Path(request["run"])
+        done = folder / "result.json"
+        if not done.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "request.json").write_text(json.dumps(request))
+            share = shares.get()
+            try:
+                environment = os.environ | {"EXPERIMENT_CORES": ",".join(map(str, share)) if None not in share else ""}
+                with (folder / "log.txt").open("w") as log:
+                    code = subprocess.run(
+                        [sys.executable, __file__, folder / "request.json"], env=environment, stdout=log, stderr=log
+                    ).returncode
+            finally:
+                shares.put(share)
+            if code:
+                raise RuntimeError(f"{folder.name} failed with exit code {code}; see {folder / 'log.txt'}")
+        result = json.loads(done.read_text())
+        print(f"{folder.name}: {describe(result)}", flush=True)
+        return result
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, requests))
+
+
+def describe(result: dict[str, Any]) -> str:
+    text = f"train loss {result['train_loss']:.3f}, {result['tokens_per_second']:,.0f} tokens/s"
+    if "validation" in result:
+        text += f", validation {result['validation']['bits_per_byte']:.4f} bits/byte"
+    return text
+
+
+def run(scale: str, directory: pathlib.Path, options: dict[str, str]) -> dict[str, Any]:
+    """Do whatever of the experiment is not done yet and return its tables."""
+    sizes = SCALES[scale]
+    directory = directory.resolve()
+    paths = prepare_corpora(sizes, data_folder(options), directory)
+    models = options.get("models", ",".join(MODELS)).split(",")
+    corpora = options.get("corpora", ",".join(CORPORA)).split(",")
+    on_cpu = sizes.size == "tiny"
+    workers = int(options.get("workers", min(2, os.cpu_count() or 1) if on_cpu else 1))
+
+    def request(kind: str, model: str, corpus: str, steps: int, learning_rate: float) -> dict[str, Any]:
+        name = f"{kind}-{corpus}-{model}-{learning_rate:g}"
+        return {
+            "kind": kind,
+            "scale": scale,
+            "model": model,
+            "corpus": corpus,
+            "corpus_path": str(paths[corpus]),
+            "steps": steps,
+            "learning_rate": learning_rate,
+            "run": str(directory / name),
+        }
+
+    tables: dict[str, list[dict[str, Any]]] = {}
+    curves: dict[str, Any] = {}
+    for corpus in corpora:
+        grid = [
+            request("grid", model, corpus, sizes.grid_steps[corpus], rate)
+            for model in models
+            for rate in sizes.learning_rates
+        ]
+        outcomes = run_jobs(grid, directory, workers)
+        losses = {(r["model"], r["learning_rate"]): o["validation"]["nats_per_token"] for r, o in zip(grid, outcomes)}
+        best = {model: min(sizes.learning_rates, key=lambda rate: losses[model, rate]) for model in models}
+        finals = run_jobs(
+            [request("final", model, corpus, sizes.steps[corpus], best[model]) for model in models], directory, workers
+        )
+        # Alone on the machine, all cores: the only fair time.
+        speeds = run_jobs(
+            [request("speed", model, corpus, sizes.speed_steps, best[model]) for model in models], directory, 1
+        )
+        tokens = sizes.steps[corpus] * sizes.batch_size * sizes.window
+        tables[f"{corpus}: {tokens:,} training tokens"] = [
+            {
+                "model": model,
+                "parameters": final["parameters"],
+                "learning rate": best[model],
+                "tokens/s": round(speed["tokens_per_second"]),
+                "valid ppl/word": round(final["validation"]["word_perplexity"], 2),
+                "valid bits/byte": round(final["validation"]["bits_per_byte"], 4),
+                "test ppl/word": round(final["test_carry"]["word_perplexity"], 2),
+                "test bits/byte": round(final["test_carry"]["bits_per_byte"], 4),
+                "test bits/byte, reset": round(final["test_reset"]["bits_per_byte"], 4),
+            }
+            for model, final, speed in zip(models, finals, speeds)
+        ]
+        tables[f"{corpus}: learning-rate grid, validation nats/token after {sizes.grid_steps[corpus]} steps"] = [
+            {"model": model, **{f"{rate:g}": round(losses[model, rate], 4) for rate in sizes.learning_rates}}
+            for model in models
+        ]
+        curves[corpus] = {
+            model: {state: final[f"test_{state}"]["by_position"] for state in ("carry", "reset")}
+            for model, final in zip(models, finals)
+        }
+        if corpus == "pg19":
+            tables["pg19: test loss (nats/token) by position in the book, carried against reset state"] = position_rows(
+                curves[corpus], sizes.window
+            )
+            plot(
+                curves[corpus],
+                sizes.window,
+                pathlib.Path(__file__).parent / "results" / f"{scale}-loss-by-position.png",
+            )
+    return {"tables": tables, "curves": curves, "workers": workers, "sizes": dataclasses.asdict(sizes)}
+
+
+def mean_loss(buckets: list[dict[str, Any]], low: int, high: int) -> float:
+    """Mean over the buckets that lie in [low, high)."""
+    chosen = [b for b in buckets if low <= b["start"] and b["stop"] <= high]
+    tokens = sum(b["tokens"] for b in chosen)
+    return sum(b["tokens"] * b["nats_per_token"] for b in chosen) / tokens if tokens else float("nan")
+
+
+def position_rows(curves: dict[str, Any], window: int) -> list[dict[str, Any]]:
+    """Mean loss in ranges of positions, in units of the training window."""
+    ranges = [(0, 1), (1, 4), (4, 16), (16, 64), (64, 256), (256, 1024)]
+    return [
+        {"model": model, "state": state}
+        | {
+            f"{low}-{high} windows": round(mean_loss(states[state], low * window, high * window), 4)
+            for low, high in ranges
+        }
+        for model, states in curves.items()
+        for state in ("carry", "reset")
+    ]
+
+
+def plot(curves: dict[str, Any], window: int, path: pathlib.Path) -> None:
+    """How much carried state saves over reset state at each position."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for model, states in curves.items():
+        carry = {b["start"]: b["nats_per_token"] for b in states["carry"] if b["start"] >= 16}
+        reset = {b["start"]: b["nats_per_token"] for b in states["reset"]}
+        left.plot(list(carry), list(carry.values()), marker="o", markersize=3, label=model)
+        gap = {start: reset[start] - loss for start, loss in carry.items() if start in reset}
+        right.plot(list(gap), list(gap.values()), marker="o", markersize=3, label=model)
+    left.set_ylabel("loss with carried state (nats per token)")
+    right.set_ylabel("reset minus carried (nats per token)")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.axvline(window, color="grey", linestyle="--", linewidth=1)
+        axes.set_xlabel("tokens of the book before the predicted one")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    request_file = pathlib.Path(sys.argv[1])
+    wanted = os.environ.get("EXPERIMENT_CORES")
+    if wanted:
+        # Before jax starts: its thread pool has as many threads as the process may use cores.
+        os.sched_setaffinity(0, {int(core) for core in wanted.split(",")})
+    outcome = job(json.loads(request_file.read_text()))
+    request_file.with_name("result.json").write_text(json.dumps(outcome))
