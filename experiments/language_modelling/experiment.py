@@ -126,9 +126,14 @@ def train_config(scale: Scale, model: str, corpus: str, path: pathlib.Path, step
     from seqjax.layers import AttentionConfig
     from seqjax.models import preset
     from seqjax.tasks import NextToken
-    from seqjax.train import TrainConfig
-    from seqjax.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig
-    from seqjax.train.optimizer import OptimizerConfig, ScheduleConfig
+    from seqjax.train import (
+        CheckpointConfig,
+        EvaluationConfig,
+        LoggingConfig,
+        OptimizerConfig,
+        ScheduleConfig,
+        TrainConfig,
+    )
 
     vocabulary = -(-Corpus.open(str(path), "train").vocab_size // 64) * 64
     config = preset(f"{model}-{scale.size}", vocab_size=vocabulary, dtype=scale.dtype)
