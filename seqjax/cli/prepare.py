@@ -59,17 +59,19 @@ def main(argv: Sequence[str]) -> int:
     out = Console()
     out.print(splits_table(manifest))
     if not meter.called:
-        out.print(f"{escape(config.out)} is already there, made with the same settings from the same input")
+        out.print(
+            f"{escape(config.out)} is already there, made with the same settings from the same input", soft_wrap=True
+        )
     else:
         megabytes = sum(split["bytes"] for split in manifest["splits"].values()) / 1e6
-        out.print(f"{escape(config.out)}: {megabytes:,.1f} MB of text in {seconds:.1f} s")
+        out.print(f"{escape(config.out)}: {megabytes:,.1f} MB of text in {seconds:.1f} s", soft_wrap=True)
     skipped = manifest["skipped"]
     if skipped["count"]:
         console.print(
             f"[yellow]skipped {skipped['count']:,}[/] (the manifest lists the first {len(skipped['first'])}):"
         )
         for line in skipped["first"][:SKIPS_SHOWN]:
-            console.print(f"  {escape(line)}", highlight=False)
+            console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
     return 0
 
 

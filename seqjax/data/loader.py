@@ -193,7 +193,9 @@ def _packed_dataset(corpus: Corpus, config: LoaderConfig, rows: range) -> grain.
         return result
 
     # The last batch of the last epoch may lack windows: its missing rows are padding, so that no token is lost.
-    return dataset.repeat(config.epochs).batch(config.batch_size).map(build)
+    # "Without end" is a number of epochs whose length still fits grain's arithmetic: it rounds sys.maxsize up.
+    epochs = config.epochs or sys.maxsize // (2 * windows)
+    return dataset.repeat(epochs).batch(config.batch_size).map(build)
 
 
 class _Streams:

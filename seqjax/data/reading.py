@@ -65,6 +65,7 @@ class InputStream:
     def __init__(self, item: Item, problem: Problem) -> None:
         self.item, self._problem = item, problem
         self.truncated = False
+        self._damage: Exception | None = None
         try:
             self._raw: Any = fsspec.open(item.path, "rb").open()
         except (FileNotFoundError, PermissionError) as error:
@@ -81,14 +82,30 @@ class InputStream:
             return b""
         if self.item.stop is not None:
             size = min(size, self.item.stop - self.offset)
-        try:
+        if not self._zipped:
             data = self._stream.read(size) if size > 0 else b""
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            self.truncated = True
-            self._problem(self.item.path, f"damaged gzip after {self.offset} unpacked bytes: {error}")
-            return b""
+        else:
+            data = self._unzip(size)
         self.offset += len(data)
         return data
+
+    def _unzip(self, size: int) -> bytes:
+        # read1, because read() would throw away what it unpacked before it met the damage.
+        parts: list[bytes] = []
+        while size > 0 and self._damage is None:
+            try:
+                part = self._stream.read1(size)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                self._damage = error
+                break
+            if not part:
+                break
+            parts.append(part)
+            size -= len(part)
+        if not parts and self._damage is not None:
+            self.truncated = True
+            self._problem(self.item.path, f"damaged gzip after {self.offset} unpacked bytes: {self._damage}")
+        return b"".join(parts)
 
     def consumed(self) -> int:
         """Bytes of the stored file read so far."""
