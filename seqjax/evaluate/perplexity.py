@@ -121,6 +121,12 @@ def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _initial_state(graphdef, batch_size: int, params):
+    """The state before the first token; compiled, so that every leaf has a buffer of its own and may be donated."""
+    return nnx.merge(graphdef, params).initial_state(batch_size)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _window_nats(graphdef, chunk_tokens: int, vocabulary: int, params, batch, state):
     """Loss of every target [B, T] in nats, and the state after the window (None in, None out)."""
@@ -220,8 +226,7 @@ def perplexity(
     kind = "stream" if state == "carry" else "packed"
     batches = make_evaluation_batches(part, corpus.split, window, batch_size, kind)
     graphdef, params = nnx.split(model)
-    # A compiled call gives every leaf a buffer of its own, which donation needs.
-    carried = jax.jit(lambda: model.initial_state(batch_size))() if state == "carry" else None
+    carried = _initial_state(graphdef, batch_size, params) if state == "carry" else None
 
     document_nats = np.zeros(part.num_documents)
     by_position, by_window_position = _Buckets(), _Buckets()

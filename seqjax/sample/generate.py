@@ -81,8 +81,19 @@ def _prefill_chunk(graphdef, params, tokens, segment_ids, last, logits, state):
     return jnp.where(here[:, None], model.logits(at_last)[:, 0].astype(jnp.float32), logits), state
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _decode_block(graphdef, sampler: SamplerConfig, size: int, params, carry: _Carry, keys, stop_ids, produced, limit):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def _decode_block(
+    graphdef,
+    sampler: SamplerConfig,
+    vocabulary: int | None,
+    size: int,
+    params,
+    carry: _Carry,
+    keys,
+    stop_ids,
+    produced,
+    limit,
+):
     """Up to ``min(size, limit)`` tokens for every row, fewer once all are done: ([B, size] tokens, count, carry)."""
     model = nnx.merge(graphdef, params)
     batch = keys.shape[0]
@@ -94,7 +105,8 @@ def _decode_block(graphdef, sampler: SamplerConfig, size: int, params, carry: _C
     def step(loop):
         index, tokens, carry = loop
         finite = carry.finite & (jnp.all(jnp.isfinite(carry.logits), axis=-1) | carry.done)
-        token = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, produced + index), carry.logits, sampler)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, produced + index)
+        token = sample(step_keys, carry.logits[:, :vocabulary], sampler)
         done = carry.done | jnp.any(token[:, None] == stop_ids, axis=-1)
         # Finished rows keep stepping with the others; their state is never read again.
         logits, state = model(token[:, None], carry.state)
@@ -202,6 +214,7 @@ def generate(
     sampler: SamplerConfig = UNFILTERED,
     seed: int | Sequence[int] = 0,
     stop_ids: Sequence[int] = (),
+    vocabulary: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
     block: int = 16,
     prefill_chunk: int = 512,
@@ -215,6 +228,7 @@ def generate(
         sampler: how tokens are drawn.
         seed: row i draws from ``seed + i``, or from ``seed[i]`` if a sequence is given.
         stop_ids: a row ends when it draws one of these; the stop token is not part of the result.
+        vocabulary: draw only ids below this; for models whose number of tokens is padded beyond the tokenizer's.
         on_token: called as ``on_token(row, token)`` for every new token, block by block (stop tokens excepted); returning True
             ends the row with that token as its last.
         block: tokens decoded per jitted call; what is streamed arrives in such blocks, results do not depend on it.
@@ -224,6 +238,8 @@ def generate(
         ValueError: an argument out of range, an empty prompt, or ids the model does not have.
         FloatingPointError: the model's logits are NaN or infinite.
     """
+    if vocabulary is not None and vocabulary < 1:
+        raise ValueError(f"`vocabulary` is {vocabulary}; expected at least 1, or None for all of the model's tokens")
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 0),
         ("block", block, 1),
@@ -244,7 +260,16 @@ def generate(
     step = 0
     while step < max_new_tokens and any(result is None for result in results):
         tokens, count, carry = _decode_block(
-            graphdef, sampler, block, params, carry, keys, stop_array, jnp.int32(step), jnp.int32(max_new_tokens - step)
+            graphdef,
+            sampler,
+            vocabulary,
+            block,
+            params,
+            carry,
+            keys,
+            stop_array,
+            jnp.int32(step),
+            jnp.int32(max_new_tokens - step),
         )
         tokens, count, finite = jax.device_get((tokens, count, carry.finite))
         for row in range(len(rows)):

@@ -18,8 +18,13 @@ class TextTokenizer(Protocol):
     """What text generation needs of a tokenizer."""
 
     @property
-    def eos_id(self) -> int | None:
-        """Token that ends a document."""
+    def eos_id(self) -> int:
+        """Token that ends a document and, as the model's first input, begins one."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
         ...
 
     def encode(self, text: str, /) -> list[int]:
@@ -116,7 +121,8 @@ def generate_text(
     sampler: SamplerConfig = UNFILTERED,
     seed: int | Sequence[int] = 0,
     stop: Sequence[str] = (),
-    stop_at_end_of_text: bool = True,
+    begin: bool = True,
+    stop_at_end: bool = True,
     on_text: Callable[[int, str], None] | None = None,
     block: int = 16,
     prefill_chunk: int = 512,
@@ -126,30 +132,24 @@ def generate_text(
     Args:
         model: the language model.
         tokenizer: the one the model was trained with.
-        prompts: texts; an empty one starts from the end-of-text token, as a new document.
+        prompts: texts; an empty one begins a new document.
         max_new_tokens: most new tokens per prompt.
         sampler: how tokens are drawn.
         seed: row i draws from ``seed + i``, or from ``seed[i]``.
         stop: strings that end a continuation and are not part of it.
-        stop_at_end_of_text: end a row when it draws the tokenizer's end-of-text token.
+        begin: the prompts begin documents: the model reads the tokenizer's eos first, as it did in training. False: they stand
+            somewhere within a document.
+        stop_at_end: end a row when the document ends.
         on_text: called as ``on_text(row, piece)`` with each settled piece; the pieces of a row joined are its text.
         block: tokens per jitted call, the granularity of streaming.
         prefill_chunk: prompt tokens read per jitted call.
 
     Raises:
-        ValueError: as :func:`seqjax.sample.generate`; an empty prompt for a tokenizer without an end-of-text token.
+        ValueError: as :func:`seqjax.sample.generate`.
     """
-    ids = []
-    for prompt in prompts:
-        encoded = list(tokenizer.encode(prompt))
-        if not encoded:
-            if tokenizer.eos_id is None:
-                raise ValueError(
-                    "`prompts` contains an empty text and the tokenizer has no end-of-text token to start from"
-                )
-            encoded = [tokenizer.eos_id]
-        ids.append(encoded)
-    streams = [TextStream(tokenizer, row if prompt else (), stop) for row, prompt in zip(ids, prompts)]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [[tokenizer.eos_id, *row] if begin or not row else row for row in encoded]
+    streams = [TextStream(tokenizer, row, stop) for row in encoded]
     texts = [""] * len(ids)
 
     def emit(row: int, piece: str) -> None:
@@ -162,14 +162,14 @@ def generate_text(
         emit(row, streams[row].push(token))
         return streams[row].stopped
 
-    stop_ids = [tokenizer.eos_id] if stop_at_end_of_text and tokenizer.eos_id is not None else []
     results = generate(
         model,
         ids,
         max_new_tokens=max_new_tokens,
         sampler=sampler,
         seed=seed,
-        stop_ids=stop_ids,
+        stop_ids=[tokenizer.eos_id] if stop_at_end else [],
+        vocabulary=tokenizer.vocab_size,
         on_token=on_token,
         block=block,
         prefill_chunk=prefill_chunk,

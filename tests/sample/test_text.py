@@ -1,7 +1,9 @@
+from typing import Any
+
 import pytest
 from flax import nnx
 
-from seqjax.sample import SamplerConfig, TextStream, generate_text
+from seqjax.sample import SamplerConfig, TextStream, generate, generate_text
 from tests.sample.tiny import Bytes, Successor, TinyRecurrent
 
 
@@ -78,7 +80,7 @@ def test_end_of_text_ends_a_row_unless_told_otherwise():
     ended = generate_text(model, Bytes(), [prompt], max_new_tokens=300)[0]
     assert ended.finish == "stop_token"
     assert len(ended.tokens) == 128
-    on = generate_text(model, Bytes(), [prompt], max_new_tokens=131, stop_at_end_of_text=False)[0]
+    on = generate_text(model, Bytes(), [prompt], max_new_tokens=131, stop_at_end=False)[0]
     assert on.finish == "length"
     assert on.text.endswith("\x00\x01")
 
@@ -95,9 +97,21 @@ def test_streamed_pieces_are_the_text_of_each_row():
     assert all(result.text == Bytes().decode(result.tokens) for result in got)
 
 
-def test_empty_prompt_needs_an_end_of_text_token():
-    class NoEnd(Bytes):
-        eos_id = None
+def test_prompts_begin_documents_unless_told_otherwise():
+    model = TinyRecurrent(257, 16, rngs=nnx.Rngs(1))
+    arguments: dict[str, Any] = {"max_new_tokens": 10, "sampler": SamplerConfig(0.0), "stop_at_end": False}
+    began, within, empty = (
+        generate_text(model, Bytes(), [text], begin=begin, **arguments)[0].tokens
+        for text, begin in [("xyz", True), ("xyz", False), ("", False)]
+    )
+    assert began == generate(model, [[256, *b"xyz"]], max_new_tokens=10, sampler=SamplerConfig(0.0))[0].tokens
+    assert within == generate(model, [list(b"xyz")], max_new_tokens=10, sampler=SamplerConfig(0.0))[0].tokens
+    assert empty == generate(model, [[256]], max_new_tokens=10, sampler=SamplerConfig(0.0))[0].tokens
+    assert began != within
 
-    with pytest.raises(ValueError, match="empty text"):
-        generate_text(Successor(257), NoEnd(), [""], max_new_tokens=1)
+
+def test_tokens_that_only_pad_the_model_are_never_drawn():
+    model = TinyRecurrent(2000, 16, rngs=nnx.Rngs(1))
+    tokens = generate_text(model, Bytes(), ["a", "b"], max_new_tokens=60, stop_at_end=False)
+    assert max(token for result in tokens for token in result.tokens) <= 256
+    assert max(token for result in generate(model, [[97]], max_new_tokens=60) for token in result.tokens) > 256
