@@ -16,7 +16,7 @@ from seqjax.layers.gated_linear_attention import (
     GatedLinearAttentionConfig,
     GatedLinearAttentionState,
 )
-from seqjax.layers.linear import BlockDiagonalLinear, Embedding, Linear, logical_axes, parameter
+from seqjax.layers.linear import BlockDiagonalLinear, Embedding, Linear, parameter
 from seqjax.layers.mamba import Mamba, MambaConfig, MambaState
 from seqjax.layers.mamba2 import Mamba2, Mamba2Config, Mamba2State
 from seqjax.layers.mixer import Mixer, MixerConfig
@@ -69,6 +69,5 @@ __all__ = [
     "ShortConvolution",
     "block_parameter_count",
     "l2_normalize",
-    "logical_axes",
     "parameter",
 ]

@@ -4,7 +4,7 @@ Every parameter of the library is created by :func:`parameter`, which attaches t
 
 - ``axes``: one logical name per dimension (``"embed"``, ``"heads"``, ``"head_dim"``, ``"mlp"``, ``"vocab"``, ``"state"`` or
   ``None``). A parameter stacked by `jax.vmap` over layers has one more leading dimension than ``axes`` has names; that dimension
-  is ``"layers"`` (:func:`logical_axes`).
+  is ``"layers"``.
 - ``decay``: whether weight decay applies. Matrices and tables decay; biases, norm weights and the parameters of gates and decay
   rates (``A_log``, ``dt_bias``, ``D``, ``Lambda``) do not.
 """
@@ -39,22 +39,6 @@ def parameter(
             f"parameter: `axes` is {axes} but the value has shape {value.shape}; give one name per dimension"
         )
     return nnx.Param(value.astype(dtype), axes=axes, decay=decay)
-
-
-def logical_axes(param: nnx.Variable) -> tuple[str | None, ...]:
-    """Logical names of all dimensions of a parameter, including the leading ``"layers"`` of a stacked one.
-
-    Raises:
-        ValueError: the parameter has neither as many dimensions as names nor exactly one more.
-    """
-    axes, ndim = tuple(param.get_metadata()["axes"]), param[...].ndim
-    if ndim == len(axes):
-        return axes
-    if ndim == len(axes) + 1:
-        return ("layers", *axes)
-    raise ValueError(
-        f"logical_axes: a parameter of shape {param[...].shape} has axes {axes}; at most one may be missing"
-    )
 
 
 def normal(standard_deviation: float) -> Initializer:

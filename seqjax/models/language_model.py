@@ -1,12 +1,11 @@
 """Recurrent language model: embedding, a repeated pattern of blocks, norm, head."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from seqjax.layers import MIXERS, Block, Embedding, Linear, RMSNorm
 from seqjax.layers.linear import normal
@@ -171,19 +170,6 @@ class LanguageModel(nnx.Module):
         if self.groups is not None:
             groups = jax.vmap(lambda group: group.initial_state(batch_size))(self.groups)
         return LanguageModelState(groups, self.remainder.initial_state(batch_size))
-
-    def reset_state(self, state: LanguageModelState, rows: Bool[Array, "B"]) -> LanguageModelState:
-        """The state with the given rows set back to the initial state (their next token starts a new document)."""
-        initial = self.initial_state(rows.shape[0])
-
-        def choose(batch_axis, fresh, old):
-            mask = rows.reshape((1,) * batch_axis + (-1,) + (1,) * (old.ndim - batch_axis - 1))
-            return jnp.where(mask, fresh, old)
-
-        return LanguageModelState(
-            jax.tree.map(functools.partial(choose, 1), initial.groups, state.groups),
-            jax.tree.map(functools.partial(choose, 0), initial.remainder, state.remainder),
-        )
 
 
 def _with_remat(remat, *, prevent_cse):
