@@ -156,6 +156,8 @@ def _number(value: float, digits: int = 4) -> str:
 def _show(console, title: str, results: dict[str, Any], compressions: Sequence[Any], manifest: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from seqjax.data.preparation import WORD_CONVENTIONS
+
     first = next(iter(results.values()))
     part = "" if first.complete else " (the first part of the split)"
     console.print(
@@ -173,8 +175,9 @@ def _show(console, title: str, results: dict[str, Any], compressions: Sequence[A
         table.add_row(f"{compression.name}, one file", _number(compression.bits_per_byte))
         table.add_row(f"{compression.name}, file by file", _number(compression.separate_bits_per_byte))
     console.print(table)
-    if manifest.get("word_convention"):
-        console.print(f"words: {manifest['word_convention']}", highlight=False, soft_wrap=True)
+    if manifest["word_convention"] in WORD_CONVENTIONS:
+        words = WORD_CONVENTIONS[manifest["word_convention"]]
+        console.print(f"words: {words}", highlight=False, soft_wrap=True)
 
     table = Table(title="loss by position in the document (nats per token)", title_justify="left")
     table.add_column("position", justify="right")

@@ -297,11 +297,9 @@ def head(corpus: Corpus, max_tokens: int | None) -> Corpus:
     if offsets[-1] < corpus.document_offsets[count]:
         tokens = corpus.tokens[int(offsets[-2]) : max_tokens].read().result()
         text = corpus.tokenizer().decode(tokens.tolist())
-        whole = corpus.document_bytes[count - 1], corpus.document_words[count - 1]
-        read = len(text.encode())
-        sizes["document_bytes"][-1] = read
-        # The word convention belongs to the corpus, so the share of the document's bytes stands for that of its words.
-        sizes["document_words"][-1] = round(whole[1] * read / whole[0]) if whole[0] else 0
+        ends = text.count("\n") if corpus.manifest["word_convention"] == "whitespace+newlines" else 0
+        sizes["document_bytes"][-1] = len(text.encode())
+        sizes["document_words"][-1] = len(text.split()) + ends
     # Cached properties of the copy: set here, they are never read from disk.
     part.__dict__.update(sizes, document_offsets=offsets)
     return part

@@ -54,6 +54,20 @@ class Generation:
     """The stop token that ended it."""
 
 
+class _Graph:
+    """A model's static part under jit. Flax hashes the whole graph at every call (milliseconds); here it is hashed once."""
+
+    def __init__(self, graphdef: Any):
+        self.graphdef = graphdef
+        self._hash = hash(graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Graph) and self.graphdef == other.graphdef)
+
+
 class _Carry(NamedTuple):
     state: Any
     logits: Float[Array, "B V"]
@@ -62,18 +76,18 @@ class _Carry(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _begin(graphdef, params, batch_size: int):
+def _begin(graph: _Graph, params, batch_size: int):
     """Zero logits [B, V] and the state before the first token, in buffers that may be donated."""
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graph.graphdef, params)
     state = model.initial_state(batch_size)
     spec = jax.eval_shape(lambda: model(jnp.zeros((batch_size, 1), jnp.int32), state)[0])
     return jnp.zeros((batch_size, spec.shape[-1]), jnp.float32), state
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
-def _prefill_chunk(graphdef, params, tokens, segment_ids, last, logits, state):
+def _prefill_chunk(graph: _Graph, params, tokens, segment_ids, last, logits, state):
     """Advance the state over a chunk; rows whose last token (index ``last``) lies in it get their logits."""
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graph.graphdef, params)
     hidden, state = model.hidden(tokens, state, segment_ids=segment_ids)
     width = tokens.shape[1]
     here = (last >= 0) & (last < width)
@@ -83,7 +97,7 @@ def _prefill_chunk(graphdef, params, tokens, segment_ids, last, logits, state):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
 def _decode_block(
-    graphdef,
+    graph: _Graph,
     sampler: SamplerConfig,
     vocabulary: int | None,
     size: int,
@@ -95,7 +109,7 @@ def _decode_block(
     limit,
 ):
     """Up to ``min(size, limit)`` tokens for every row, fewer once all are done: ([B, size] tokens, count, carry)."""
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graph.graphdef, params)
     batch = keys.shape[0]
 
     def unfinished(loop):
@@ -158,7 +172,8 @@ def prefill(
         ValueError: no prompt, an empty prompt, or ids outside the vocabulary.
     """
     graphdef, params = nnx.split(model)
-    return _prefill(graphdef, params, _checked(prompts), chunk)
+    graph = _Graph(graphdef)
+    return _prefill(graph, params, _checked(prompts), chunk)
 
 
 def _checked(prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -175,14 +190,14 @@ def _checked(prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     return rows
 
 
-def _prefill(graphdef, params, rows: list[np.ndarray], chunk: int):
+def _prefill(graph: _Graph, params, rows: list[np.ndarray], chunk: int):
     lengths = np.array([row.size for row in rows])
     widths = chunk_widths(int(lengths.max()), chunk)
     tokens = np.zeros((len(rows), sum(widths)), np.int32)
     for index, row in enumerate(rows):
         tokens[index, : row.size] = row
     segment_ids = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
-    logits, state = _begin(graphdef, params, len(rows))
+    logits, state = _begin(graph, params, len(rows))
     vocabulary = logits.shape[-1]
     for index, row in enumerate(rows):
         if row.max() >= vocabulary:
@@ -194,7 +209,7 @@ def _prefill(graphdef, params, rows: list[np.ndarray], chunk: int):
     for width in widths:
         piece = slice(start, start + width)
         logits, state = _prefill_chunk(
-            graphdef,
+            graph,
             params,
             tokens[:, piece],
             segment_ids[:, piece],
@@ -249,8 +264,9 @@ def generate(
             raise ValueError(f"`{name}` is {value}; expected an integer >= {least}")
     rows = _checked(prompts)
     graphdef, params = nnx.split(model)
+    graph = _Graph(graphdef)
     keys = row_keys(seed, len(rows))
-    logits, state = _prefill(graphdef, params, rows, prefill_chunk)
+    logits, state = _prefill(graph, params, rows, prefill_chunk)
     carry = _Carry(state, logits, jnp.zeros(len(rows), bool), jnp.ones(len(rows), bool))
     stops = set(stop_ids)
     # -1 is no token; it keeps the array from being empty.
@@ -260,7 +276,7 @@ def generate(
     step = 0
     while step < max_new_tokens and any(result is None for result in results):
         tokens, count, carry = _decode_block(
-            graphdef,
+            graph,
             sampler,
             vocabulary,
             block,

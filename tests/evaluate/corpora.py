@@ -9,7 +9,7 @@ from seqjax.data.corpus import FORMAT, FORMAT_VERSION, Corpus, write_array
 from seqjax.data.tokenizers import store_tokenizer
 
 
-def write_corpus(path, splits: dict[str, list[str]], tokenizer=None, convention="white-space words"):
+def write_corpus(path, splits: dict[str, list[str]], tokenizer=None, convention="whitespace"):
     """A corpus folder of the given texts; returns its path."""
     tokenizer = tokenizer or load_tokenizer("bytes")
     manifest = {

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from seqjax.data import Corpus
 from seqjax.evaluate import head, perplexity
-from tests.evaluate.corpora import open_corpus
+from tests.evaluate.corpora import open_corpus, write_corpus
 from tests.sample.tiny import TinyRecurrent
 
 TEXTS = ["one two three four five six", "a", "naïve 🎉", "", "the long document goes on and on, " * 6]
@@ -174,6 +175,13 @@ def test_a_part_leaves_the_corpus_as_it_was(corpus):
     assert corpus.num_tokens == before[2]
     np.testing.assert_array_equal(corpus.document_offsets, before[0])
     np.testing.assert_array_equal(corpus.document_bytes, before[1])
+
+
+@pytest.mark.parametrize(("convention", "words"), [("whitespace", 4), ("whitespace+newlines", 6)])
+def test_a_part_counts_words_by_the_corpus_convention(tmp_path, convention, words):
+    path = write_corpus(tmp_path / "c", {"validation": ["one two\nthree\nfour five\n"]}, convention=convention)
+    part = head(Corpus.open(path, "validation"), len("one two\nthree\nfour"))
+    assert part.document_words.tolist() == [words]
 
 
 def test_result_is_json_and_its_tables_add_up(corpus, model):
