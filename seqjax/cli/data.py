@@ -101,7 +101,7 @@ def _check(path: Path, manifest: dict[str, Any]) -> int:
         try:
             corpus = Corpus.open(path, split)
             corpus.tokenizer()
-            steps = -(-corpus.num_tokens // (SHARD // 4))
+            steps = -(-corpus.num_tokens // (SHARD // 2))
             for _ in track(
                 corpus.check(), f"reading {split}", total=steps, console=Console(stderr=True), transient=True
             ):
