@@ -125,7 +125,7 @@ def _arguments_class(base: TrainConfig) -> Any:
         "Arguments",
         [
             ("options", Annotated[RunOptions, tyro.conf.arg(name="")]),
-            ("config", Annotated[config, tyro.conf.arg(name="")], default_config),
+            ("config", Annotated[config, tyro.conf.arg(name="")], default_config),  # ty: ignore[invalid-type-form]
         ],
         frozen=True,
     )
@@ -147,10 +147,13 @@ def _with_model(arguments: Any, base: TrainConfig) -> TrainConfig:
     """The plain TrainConfig of a parsed one."""
     names = _mixer_names(base.model.pattern)
     model = arguments.model
-    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(LanguageModelConfig)}
+    fields: dict[str, Any] = {
+        field.name: getattr(model, field.name) for field in dataclasses.fields(LanguageModelConfig)
+    }
     fields["pattern"] = tuple(getattr(model.pattern, names[mixer]) for mixer in base.model.pattern)
-    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**values | {"model": LanguageModelConfig(**fields)})
+    values: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainConfig)}
+    values["model"] = LanguageModelConfig(**fields)
+    return TrainConfig(**values)
 
 
 def _span(text: str | None) -> tuple[int, int] | None:

@@ -92,7 +92,7 @@ def from_dict(data: Mapping[str, Any]) -> TrainConfig:
     return _build(TrainConfig, rest, "", {"model": from_json(data["model"])})
 
 
-def _build(cls: type, data: Mapping[str, Any], prefix: str, given: Mapping[str, Any] | None = None) -> Any:
+def _build(cls: Any, data: Mapping[str, Any], prefix: str, given: Mapping[str, Any] | None = None) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = dict(given or {})
@@ -105,7 +105,7 @@ def _build(cls: type, data: Mapping[str, Any], prefix: str, given: Mapping[str, 
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, Mapping):
                 raise ValueError(f"config field `{prefix}{name}` is {value!r}, expected an object")
-            values[name] = _build(typing.cast(type, kind), value, f"{prefix}{name}.")
+            values[name] = _build(kind, value, f"{prefix}{name}.")
         else:
             values[name] = _checked(value, kind, prefix + name)
     return cls(**values)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from seqjax.train.console import peak_flops
 from seqjax.train.program import Program
@@ -39,7 +39,7 @@ class Meter:
         self._steps.append(values)
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Leave the time inside out of the rates."""
         begin = time.monotonic()
         try:
