@@ -226,11 +226,6 @@ def _xla(query: Array, key: Array, value: Array, visibility: _Visibility, scale:
     """Choose how to cut a long row."""
     time, length = query.shape[1], key.shape[1]
     window = visibility.window
-    if time <= 2 * QUERY_BLOCK:
-        block = 128 if window is None else 128 * math.ceil((window - 1) / 128)
-        short = window is None or time <= 2 * block
-        if short:
-            return _attend(query, key, value, visibility, scale)
     if window is not None and visibility.prefix_length is None and time == length:
         block = max(128, 128 * math.ceil((window - 1) / 128))
         if time > 2 * block:
@@ -245,6 +240,8 @@ def _xla(query: Array, key: Array, value: Array, visibility: _Visibility, scale:
                 value,
                 visibility,
             )
+    if time <= 2 * QUERY_BLOCK:
+        return _attend(query, key, value, visibility, scale)
     if plain:
         return _causal(query, key, value, visibility, scale)
     return _query_blocks(query, key, value, visibility, scale)
@@ -255,18 +252,16 @@ def _advance_with_index(visibility: _Visibility) -> Array:
     query, key = jnp.broadcast_arrays(visibility.query_positions, visibility.key_positions)
     present = key >= 0
     if visibility.key_segments is not None:
+        # A padded query sees nothing wherever it is, and a padded key is seen by nobody.
         query, key, segments = jnp.broadcast_arrays(query, key, visibility.key_segments)
         present = (key >= 0) & (segments != 0) & (visibility.query_segments != 0)
-        # A padded query sees nothing wherever it is; a padded key is seen by nobody.
     offset = key - jnp.arange(key.shape[1])
     first = jnp.take_along_axis(offset, jnp.argmax(present, axis=1)[:, None], axis=1)
     return jnp.all(~present | ((offset == first) & (query == key)))
 
 
-def _blocks(array: Array | None, block: int, fill: int = 0) -> Array | None:
+def _blocks(array: Array, block: int, fill: int = 0) -> Array:
     """[B, T, ...] -> [T/b, B, b, ...], the end filled up."""
-    if array is None:
-        return None
     extra = -array.shape[1] % block
     array = jnp.pad(array, ((0, 0), (0, extra)) + ((0, 0),) * (array.ndim - 2), constant_values=fill)
     return jnp.swapaxes(array.reshape(array.shape[0], -1, block, *array.shape[2:]), 0, 1)
@@ -318,8 +313,6 @@ def _windowed(query: Array, key: Array, value: Array, visibility: _Visibility, s
     """Sliding window in index order: each block of queries against its own and the previous block of keys."""
 
     def with_previous(array, fill=0):
-        if array is None:
-            return None
         own = _blocks(array, block, fill)
         before = jnp.concatenate([jnp.full_like(own[:1], fill), own[:-1]])
         return jnp.concatenate([before, own], axis=2)
@@ -330,13 +323,10 @@ def _windowed(query: Array, key: Array, value: Array, visibility: _Visibility, s
         m = _Visibility(query_positions, key_positions, query_segments, key_segments, None, visibility.window)
         return _attend(q, k, v, m, scale)
 
-    blocks = (
-        _blocks(query, block),
-        _blocks(visibility.query_positions, block),
-        _blocks(visibility.query_segments, block),
-        with_previous(key),
-        with_previous(value),
-        with_previous(visibility.key_positions, -1),
-        with_previous(visibility.key_segments),
-    )
+    own = (query, visibility.query_positions, visibility.query_segments)
+    wide = (key, value, visibility.key_segments)
+    q, query_positions, query_segments = jax.tree.map(lambda array: _blocks(array, block), own)
+    k, v, key_segments = jax.tree.map(with_previous, wide)
+    key_positions = with_previous(visibility.key_positions, -1)
+    blocks = (q, query_positions, query_segments, k, v, key_positions, key_segments)
     return _join(jax.lax.map(body, blocks), query.shape[1])

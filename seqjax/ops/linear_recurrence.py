@@ -98,7 +98,9 @@ def linear_recurrence(
         log_decay = None if log_decay is None else clear_padding(segments.real, log_decay)
         decay = None if decay is None else clear_padding(segments.real, decay, 1.0)
     x = x.astype(dtype)
-    a = jnp.exp(log_decay.astype(jnp.finfo(dtype).dtype)).astype(dtype) if decay is None else decay.astype(dtype)
+    if log_decay is not None:
+        decay = jnp.exp(log_decay.astype(jnp.finfo(dtype).dtype))
+    a = jnp.asarray(decay, dtype)
     if sizes["T"] == 0:
         return x.astype(output_dtype), initial_state
     if form == "reference":

@@ -6,9 +6,14 @@ r"""Selective scan: the diagonal state-space recurrence of Mamba.
 per channel d and state n: :math:`h_{dn}`, with :math:`A` fixed and :math:`\Delta, B, C` functions of the token (arXiv:2312.00752,
 algorithm 2, with the Euler rule for B that its code uses). The skip ``D x`` and the gate belong to the layer.
 
-Forms: ``"reference"`` is one step per token. ``"xla"`` scans over chunks; a chunk's decays and states, ``[B, C, D, N]``, exist
-only while it runs, forward and backward. What is kept for the backward is the inputs and the state before each chunk.
+Forms: ``"reference"`` is one step per token, differentiated by JAX. ``"xla"`` takes the same steps and keeps the inputs and the
+state before each chunk; its backward recomputes one chunk at a time, so no state per token ever exists for more than a chunk.
+Decays are recomputed too: an exponential costs less than the memory traffic of ``[B, T, D, N]``. For the same reason the steps
+stay sequential: on CPU, associative and two-pass chunked scans were slower, as each writes decays and states out.
 """
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +28,9 @@ from seqjax.ops._dispatch import (
     state_dtype,
 )
 from seqjax.ops._segments import clear_padding, segment_info
-from seqjax.ops.linear_recurrence import chunked_recurrence
 
 OP = "selective_scan"
-CHUNK = 64
+CHUNK = 32
 
 
 def selective_scan(
@@ -121,34 +125,114 @@ def _reference(x, delta, A, B, C, initial_state, start) -> tuple[Array, Array]:
     return jnp.swapaxes(y, 0, 1), state
 
 
+class _Residuals(NamedTuple):
+    inputs: tuple[Array, Array, Array, Array, Array, Array | None]
+    chunk_start: Array  # [T/C, B, N, D], the state before each chunk
+
+
 def _chunked(x, delta, A, B, C, initial_state, start, chunk_size) -> tuple[Array, Array]:
-    """Outer scan over chunks, recomputed in the backward; inside a chunk, the elementwise recurrence over N * D channels."""
-    batch, time, dim = x.shape
-    states = A.shape[1]
-    dtype = initial_state.dtype
+    """Pad to whole chunks and run; the tokens added at the end have step size 0."""
+    time = x.shape[1]
     chunk = min(chunk_size, time)
     extra = -time % chunk
+    if extra:
+        pad = lambda array: jnp.pad(array, ((0, 0), (0, extra)) + ((0, 0),) * (array.ndim - 2))  # noqa: E731
+        x, delta, B, C = (pad(array) for array in (x, delta, B, C))
+        start = None if start is None else pad(start)
+    # States are [N, D] inside: the last axis then fills vector registers, D being several times larger than N.
+    y, state = _scan(chunk, x, delta, A.T, B, C, start, jnp.swapaxes(initial_state, 1, 2))
+    return y[:, :time], jnp.swapaxes(state, 1, 2)
 
-    def split(array):
-        """[B, T, ...] -> [T/C, B, C, ...]; the tokens added at the end have step size 0."""
-        array = jnp.pad(array, ((0, 0), (0, extra)) + ((0, 0),) * (array.ndim - 2))
-        return jnp.swapaxes(array.reshape(batch, -1, chunk, *array.shape[2:]), 0, 1)
 
-    # N before D: reductions over N then run along whole vector registers, D being several times larger.
-    rates = A.T
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(chunk, x, delta, rates, B, C, start, state):
+    """Outputs [B, T, D] in the state's dtype and the last state [B, N, D]."""
+    return _scan_forward(chunk, x, delta, rates, B, C, start, state)[0]
 
-    def body(h, tokens):
-        x_c, delta_c, B_c, C_c = (array.astype(dtype) for array in tokens[:4])
-        decay = jnp.exp(delta_c[:, :, None, :] * rates)  # [B, C, N, D]
-        if len(tokens) == 5:
-            decay = jnp.where(tokens[4][:, :, None, None], 0, decay)
-        write = (delta_c * x_c)[:, :, None, :] * B_c[..., None]
-        flat = (batch, chunk, states * dim)
-        h_c, h = chunked_recurrence(decay.reshape(flat), write.reshape(flat), h)
-        return h, jnp.einsum("btnd,btn->btd", h_c.reshape(decay.shape), C_c)
 
-    tokens = tuple(split(array) for array in (x, delta, B, C) + (() if start is None else (start,)))
-    flat_state = jnp.swapaxes(initial_state, 1, 2).reshape(batch, states * dim)
-    state, y = jax.lax.scan(jax.checkpoint(body), flat_state, tokens)
-    y = jnp.swapaxes(y, 0, 1).reshape(batch, time + extra, dim)[:, :time]
-    return y, jnp.swapaxes(state.reshape(batch, states, dim), 1, 2)
+def _split(array: Array, chunk: int) -> Array:
+    """[B, T, ...] -> [T/C, C, B, ...]."""
+    shape = (array.shape[0], -1, chunk, *array.shape[2:])
+    return jnp.moveaxis(array.reshape(shape), 0, 2)
+
+
+def _merge(array: Array, dtype: jnp.dtype) -> Array:
+    """[T/C, C, B, ...] -> [B, T, ...]."""
+    array = jnp.moveaxis(array, 2, 0)
+    return array.reshape(array.shape[0], -1, *array.shape[3:]).astype(dtype)
+
+
+def _widen(tokens: Any, dtype: jnp.dtype) -> Any:
+    """One chunk's inputs in the state's dtype, so that half-precision rows are never widened as a whole."""
+    return jax.tree.map(lambda array: array if array.dtype == bool else array.astype(dtype), tokens)
+
+
+def _decay(delta: Array, rates: Array, start: Array | None) -> Array:
+    """exp(delta A) of some tokens, 0 at resets: [..., D] -> [..., N, D]. Cheaper to repeat than to keep."""
+    decay = jnp.exp(delta[..., None, :] * rates)
+    return decay if start is None else jnp.where(start[..., None, None], 0, decay)
+
+
+def _step(h: Array, rates: Array, x: Array, delta: Array, B: Array, start: Array | None) -> Array:
+    return _decay(delta, rates, start) * h + (delta * x)[:, None, :] * B[:, :, None]
+
+
+def _scan_forward(chunk, x, delta, rates, B, C, start, state):
+    def one_chunk(h, tokens):
+        def token(h, inputs):
+            x_t, delta_t, B_t, C_t, start_t = inputs
+            h = _step(h, rates, x_t, delta_t, B_t, start_t)
+            return h, jnp.sum(h * C_t[:, :, None], axis=1)
+
+        after, y = jax.lax.scan(token, h, _widen(tokens, h.dtype))
+        return after, (h, y)
+
+    tokens = jax.tree.map(lambda array: _split(array, chunk), (x, delta, B, C, start))
+    last, (chunk_start, y) = jax.lax.scan(one_chunk, state, tokens)
+    return (_merge(y, state.dtype), last), _Residuals((x, delta, rates, B, C, start), chunk_start)
+
+
+def _scan_backward(chunk, residuals, cotangents):
+    r"""Chunks in reverse: recompute a chunk's states, then :math:`\lambda_t = C_t\, dy_t + a_{t+1} \lambda_{t+1}`.
+
+    With :math:`g = \lambda \circ a \circ h_{t-1}`, the gradient of the log decay: :math:`d\Delta = \sum_n (g A + \lambda B x)`,
+    :math:`dA = \sum_t \Delta g`, :math:`dx = \Delta \sum_n \lambda B`, :math:`dB = \sum_d \lambda \Delta x`, :math:`dC = \sum_d h\, dy`.
+    """
+    (x, delta, rates, B, C, start), chunk_start = residuals
+    d_y, d_state = cotangents
+
+    def one_chunk(carry, inputs):
+        mu, d_rates = carry
+        h, tokens = inputs
+        x_c, delta_c, B_c, C_c, start_c, d_y_c = tokens = _widen(tokens, h.dtype)
+
+        def forward(h, token):
+            return _step(h, rates, *token), h
+
+        last, before = jax.lax.scan(forward, h, (x_c, delta_c, B_c, start_c))  # before: [C, B, N, D]
+        after = jnp.concatenate([before[1:], last[None]])
+
+        def backward(mu, token):
+            delta_t, C_t, start_t, d_y_t = token
+            lam = mu + C_t[:, :, None] * d_y_t[:, None, :]
+            return _decay(delta_t, rates, start_t) * lam, lam
+
+        mu, lam = jax.lax.scan(backward, mu, (delta_c, C_c, start_c, d_y_c), reverse=True)
+        d_log_decay = lam * _decay(delta_c, rates, start_c) * before
+        written = jnp.sum(lam * B_c[..., None], axis=2)  # [C, B, D]
+        d_tokens = (
+            delta_c * written,
+            jnp.sum(d_log_decay * rates, axis=2) + x_c * written,
+            jnp.einsum("cbnd,cbd->cbn", lam, delta_c * x_c),
+            jnp.einsum("cbnd,cbd->cbn", after, d_y_c),
+        )
+        return (mu, d_rates + jnp.sum(delta_c[:, :, None] * d_log_decay, axis=(0, 1))), d_tokens
+
+    tokens = jax.tree.map(lambda array: _split(array, chunk), (x, delta, B, C, start, d_y))
+    carry = (d_state, jnp.zeros_like(rates))
+    (mu, d_rates), d_tokens = jax.lax.scan(one_chunk, carry, (chunk_start, tokens), reverse=True)
+    d_x, d_delta, d_B, d_C = (_merge(d, a.dtype) for d, a in zip(d_tokens, (x, delta, B, C)))
+    return d_x, d_delta, d_rates, d_B, d_C, None, mu
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
