@@ -179,7 +179,7 @@ def _show(console, title: str, results: dict[str, Any], compressions: Sequence[A
         words = WORD_CONVENTIONS[manifest["word_convention"]]
         console.print(f"words: {words}", highlight=False, soft_wrap=True)
 
-    table = Table(title="loss by position in the document (nats per token)", title_justify="left")
+    table = Table(title="nats per token by position in document", title_justify="left")
     table.add_column("position", justify="right")
     table.add_column("tokens", justify="right")
     for state in results:

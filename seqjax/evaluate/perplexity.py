@@ -108,12 +108,18 @@ class Perplexity:
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: fields and measures; one row per document and bucket."""
+        """JSON form: fields and measures (None where one is not finite); one row per document and bucket."""
         measures = ("nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
-        result = dataclasses.asdict(self) | {name: getattr(self, name) for name in measures}
+        result: dict[str, Any] = dataclasses.asdict(self)
+        result |= {name: _finite(getattr(self, name)) for name in measures}
         for row, document in zip(result["documents"], self.documents):
-            row |= {"perplexity": document.perplexity, "bits_per_byte": document.bits_per_byte}
+            row |= {"perplexity": _finite(document.perplexity), "bits_per_byte": _finite(document.bits_per_byte)}
         return result
+
+
+def _finite(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _exp(nats: float) -> float:

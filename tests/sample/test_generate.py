@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from seqjax.sample import SamplerConfig, chunk_widths, generate, prefill
+from seqjax.sample.generate import _decode_block, _prefill_chunk
 from tests.sample.tiny import Successor, TinyRecurrent
 
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4], [7, 7, 2, 0, 11], list(range(30)) * 2]
@@ -119,6 +120,15 @@ def test_few_prefill_shapes_cover_every_prompt_length():
         widths = chunk_widths(length, 512)
         assert sum(widths) >= length > sum(widths[:-1])
     assert {width for length in range(1, 2000) for width in chunk_widths(length, 512)} == {16, 32, 64, 128, 256, 512}
+
+
+def test_compilations_do_not_grow_with_the_length_of_prompts_or_output():
+    model = TinyRecurrent(30, 4, rngs=nnx.Rngs(3))
+    before = _decode_block._cache_size(), _prefill_chunk._cache_size()
+    for length, count in [(1, 3), (9, 16), (16, 40), (31, 17), (100, 5), (200, 33)]:
+        generate(model, [[1] * length], max_new_tokens=count, prefill_chunk=32)
+    assert _decode_block._cache_size() - before[0] == 1
+    assert _prefill_chunk._cache_size() - before[1] == 2  # 16 and 32
 
 
 def test_zero_new_tokens(model):
