@@ -144,7 +144,9 @@ def test_official_layouts_are_recognised(tmp_path):
     )
     assert manifest["word_convention"] == "whitespace+newlines"
     shutil.copy(wiki / "wiki.test.tokens", wiki / "wiki.test.raw")
-    with pytest.raises(ValueError, match=r"test has several variants.*wiki.test.raw, wiki.test.tokens.*--test"):
+    with pytest.raises(
+        ValueError, match=r"test has several variants.*wiki.test.raw, wiki.test.tokens.*--validation and --test"
+    ):
         prepare(PrepareConfig("wikitext", (str(wiki),), str(tmp_path / "wout2"), workers=1))
 
 
