@@ -126,9 +126,11 @@ class BlockDiagonalLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Project each block; the result is float32."""
-        blocks = x.astype(self.dtype).reshape(*x.shape[:-1], self.num_blocks, -1)
-        kernel = self.kernel[...].astype(self.dtype)
-        y = jnp.einsum("...hi,hij->...hj", blocks, kernel, preferred_element_type=jnp.float32)
+        # Operands are rounded to `dtype` but multiplied as float32: the CPU has no batched bfloat16 product with a float32 result,
+        # and TPUs and GPUs take float32 operands through bfloat16 or TF32 units, which hold these values exactly.
+        blocks = x.astype(self.dtype).astype(jnp.float32).reshape(*x.shape[:-1], self.num_blocks, -1)
+        kernel = self.kernel[...].astype(self.dtype).astype(jnp.float32)
+        y = jnp.einsum("...hi,hij->...hj", blocks, kernel)
         return y.reshape(x.shape) + self.bias[...].astype(jnp.float32)
 
 
