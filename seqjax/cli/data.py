@@ -75,7 +75,7 @@ def _describe(path: Path, manifest: dict[str, Any]) -> None:
     facts = {
         "corpus": f"{path}, {sum(sum(split['files'].values()) for split in manifest['splits'].values()) / 1e6:,.1f} MB",
         "source": f"{manifest['source']}, {manifest['plan']['inputs']['files']:,} files, "
-        f"{manifest['plan']['inputs']['bytes']:,} bytes, a document is a {manifest['plan']['settings']['document']}",
+        f"{manifest['plan']['inputs']['bytes']:,} bytes, one document per {manifest['plan']['settings']['document']}",
         "tokenizer": f"{tokenizer['name']} ({tokenizer['kind']}), {tokenizer['vocab_size']:,} ids, eos {tokenizer['eos_id']}, "
         f"fingerprint {tokenizer['fingerprint'][:12]}",
         "words": WORD_CONVENTIONS[manifest["word_convention"]],

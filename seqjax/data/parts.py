@@ -35,7 +35,7 @@ class PartWriter:
         self._pending_characters = 0
         self.counts = {"tokens": 0, "documents": 0, "bytes": 0, "words": 0}
         self._open = np.zeros(3, np.int64)  # tokens, bytes, words of the document that is being written
-        self._mid_word = False
+        self._mid_word = self._visible = False
         self.open_end = False
 
     def add(self, item: Item, piece: Piece) -> None:
@@ -55,6 +55,7 @@ class PartWriter:
             if self._mid_word and words and not piece.text[0].isspace():
                 words -= 1  # a cut inside a word made two of one
             self._mid_word = bool(data) and not piece.text[-1].isspace() and not piece.end
+            self._visible |= words > 0
             words += piece.text.count("\n") if self._count_newlines else 0
             self._open += (len(tokens), len(data), words)
             self.open_end = True
@@ -64,8 +65,8 @@ class PartWriter:
 
     def _end_document(self, item: Item, piece: Piece) -> None:
         self.open_end = self._mid_word = False
-        blank = self._open[2] == 0 or (self._count_newlines and not piece.text.strip() and self._open[2] < 3)
-        if blank and not item.continues:
+        visible, self._visible = self._visible, False
+        if not visible and not item.continues:
             self._tokens.seek(self._tokens.tell() - int(self._open[0]) * np.dtype(self._dtype).itemsize)
             self._tokens.truncate()
             self._open[:] = 0

@@ -236,7 +236,7 @@ def _by_name(files: list[InputFile], pattern: re.Pattern[str], example: str) -> 
             if stems.count(stem) > 1:
                 names = [PurePosixPath(file.path).name for file, s in zip(members, stems) if s == stem]
                 raise ValueError(
-                    f"{split} has several variants of one file ({', '.join(names)}): name one with --{split}"
+                    f"{split} has several variants of one file ({', '.join(names)}): name the files with --train, --validation and --test"
                 )
     return [(split, file) for split in SPLITS for file in chosen[split]]
 

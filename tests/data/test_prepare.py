@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import fsspec
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -343,31 +344,45 @@ def test_a_full_disk_says_so_and_the_work_goes_on_afterwards(tmp_path, monkeypat
     assert texts_of(tmp_path / "out") == [prose(n, 300) for n in range(4)]
 
 
-def test_kill_9_leaves_no_process_and_the_same_command_finishes(tmp_path):
+def test_killed_workers_interrupts_and_kill_9_lose_nothing_and_leave_no_process(tmp_path):
     texts = [prose(seed, 3000) for seed in range(1000)]
-    path = write_jsonl(tmp_path / "x.jsonl", texts)
+    path, out = write_jsonl(tmp_path / "x.jsonl", texts), tmp_path / "out"
     script = (
-        "import sys; from seqjax.cli import main; from seqjax.data import sources; sources.SMALLEST_UNIT = 1 << 16; "
+        "import sys; from seqjax.cli import main; from seqjax.data import sources; sources.SMALLEST_UNIT = 1 << 15; "
         "sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["prepare", "jsonl", str(path), "--workers", "2", "--train-bpe", "300", "--bpe-megabytes", "1", "--out"]
-    command = [sys.executable, "-c", script, *arguments]
-    out = tmp_path / "out"
-    process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(out.glob(".work/parts/*.tokens")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    assert process.poll() is None, "it finished before it could be killed"
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with pytest.raises(ValueError, match="half-written"):
-        Corpus.open(out)
-    deadline = time.monotonic() + 20
-    while any(os.path.exists(f"/proc/{child}/fd/0") for child in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert children and not any(os.path.exists(f"/proc/{child}/fd/0") for child in children)
-    subprocess.run([*command, str(out)], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", script, *arguments, str(out)]
+
+    def records() -> set:
+        return set(out.glob(".work/parts/*.json"))
+
+    def stop_after_a_new_part(stop) -> tuple[int, str, list[psutil.Process]]:
+        before = records()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not records() - before and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        assert process.poll() is None, "it finished before it could be stopped"
+        children = psutil.Process(process.pid).children()
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+        stop(process, workers)
+        errors = process.communicate(timeout=60)[1]
+        assert before < records()
+        with pytest.raises(ValueError, match="half-written"):
+            Corpus.open(out)
+        psutil.wait_procs(children, timeout=20)
+        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        return process.returncode, errors, children
+
+    code, errors, _ = stop_after_a_new_part(lambda process, workers: workers[0].kill())
+    assert code == 1 and "a worker process was killed" in errors and "run the same command again" in errors
+    code, errors, _ = stop_after_a_new_part(lambda process, workers: process.send_signal(signal.SIGINT))
+    assert code == 130 and "run the same command again to continue" in errors and "Traceback" not in errors
+    code, *_ = stop_after_a_new_part(lambda process, workers: process.kill())
+    assert code == -signal.SIGKILL
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert texts_of(out) == texts
     list(Corpus.open(out).check())
 
