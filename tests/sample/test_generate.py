@@ -6,7 +6,6 @@ import pytest
 from flax import nnx
 
 from seqjax.sample import SamplerConfig, chunk_widths, generate, prefill
-from seqjax.sample.generate import _decode_block, _prefill_chunk
 from tests.sample.tiny import Successor, TinyRecurrent
 
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4], [7, 7, 2, 0, 11], list(range(30)) * 2]
@@ -18,12 +17,13 @@ def model():
 
 
 def naive(model, prompt, count):
-    """Greedy continuation by running the whole sequence again for every token."""
-    tokens = list(prompt)
-    for _ in range(count):
-        logits, _ = model(np.asarray([tokens]))
-        tokens.append(int(np.argmax(logits[0, -1])))
-    return tokens[len(prompt) :]
+    """Greedy continuation by running the whole sequence again for every token (zeros behind it cannot be seen)."""
+    run = jax.jit(lambda model, tokens: model(tokens)[0])
+    tokens = np.zeros((1, 80), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for end in range(len(prompt), len(prompt) + count):
+        tokens[0, end] = np.argmax(run(model, tokens)[0, end - 1])
+    return tokens[0, len(prompt) : len(prompt) + count].tolist()
 
 
 @pytest.mark.parametrize("chunk", [512, 16, 7])
@@ -122,13 +122,22 @@ def test_few_prefill_shapes_cover_every_prompt_length():
     assert {width for length in range(1, 2000) for width in chunk_widths(length, 512)} == {16, 32, 64, 128, 256, 512}
 
 
-def test_compilations_do_not_grow_with_the_length_of_prompts_or_output():
-    model = TinyRecurrent(30, 4, rngs=nnx.Rngs(3))
-    before = _decode_block._cache_size(), _prefill_chunk._cache_size()
-    for length, count in [(1, 3), (9, 16), (16, 40), (31, 17), (100, 5), (200, 33)]:
+def test_other_lengths_of_prompts_and_output_compile_nothing_new():
+    traces = []
+
+    class Traced(TinyRecurrent):
+        def hidden(self, tokens, state=None, *, segment_ids=None):
+            traces.append(tokens.shape)
+            return super().hidden(tokens, state, segment_ids=segment_ids)
+
+    model = Traced(30, 4, rngs=nnx.Rngs(3))
+    for length in (1, 17):
+        generate(model, [[1] * length], max_new_tokens=3, prefill_chunk=32)
+    assert set(traces) == {(1, 1), (1, 16), (1, 32)}
+    known = len(traces)
+    for length, count in [(9, 16), (16, 40), (31, 17), (100, 5), (200, 33)]:
         generate(model, [[1] * length], max_new_tokens=count, prefill_chunk=32)
-    assert _decode_block._cache_size() - before[0] == 1
-    assert _prefill_chunk._cache_size() - before[1] == 2  # 16 and 32
+    assert len(traces) == known
 
 
 def test_zero_new_tokens(model):
