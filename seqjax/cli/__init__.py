@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command and return its exit code."""
     import difflib
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Not `list(...)`: the sub-command of that name becomes an attribute of this package and hides the builtin.
+    arguments = [*(sys.argv[1:] if argv is None else argv)]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
