@@ -1,7 +1,6 @@
 """``seqjax train PRESET-OR-CONFIG``: train a preset or a config on a token corpus."""
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,8 +45,6 @@ class RunOptions:
 def main(argv: Sequence[str]) -> int:
     """Train; returns 0, 1 (the run failed), 128 + n (saved and stopped by signal n)."""
     config, options = parse(argv)
-    # Orbax logs a traceback of its own for every failed write; the trainer reports it in a sentence.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         trainer = Trainer(
             config,

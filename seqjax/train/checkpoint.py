@@ -4,9 +4,14 @@ A checkpoint is a folder named by the step. Orbax writes into a temporary folder
 disk, so a checkpoint exists either completely or not at all; remains of interrupted writes are removed at the next start.
 """
 
+import contextlib
 import difflib
+import gc
+import logging
 import shutil
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ from seqjax.train.step import TrainState
 
 # What tensorstore, orbax and the operating system raise when a write fails.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+_FILES_AT_ONCE = 16
+_DELETIONS = 40
 
 
 class CheckpointError(RuntimeError):
@@ -31,15 +38,18 @@ class Checkpoints:
     def __init__(self, folder: str | Path, config: CheckpointConfig | None = None, *, read_only: bool = False):
         self.folder = Path(folder).absolute()
         config = config or CheckpointConfig()
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else config.max_to_keep,
             keep_period=config.keep_period,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
         )
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._manager = self._open()
         self._pending: int | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.folder, options=self._options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -67,10 +77,7 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(_as_tree(state)), data=ocp.args.JsonSave({"iterator": data_state})
         )
         self._pending = step
-        try:
-            self._manager.save(step, args=arguments, force=True)
-        except _WRITE_ERRORS as error:
-            raise self._failed(error) from error
+        self._attempt(lambda: self._manager.save(step, args=arguments, force=True))
 
     def wait(self) -> None:
         """Block until the pending write has ended.
@@ -80,10 +87,7 @@ class Checkpoints:
         """
         if self._pending is None:
             return
-        try:
-            self._manager.wait_until_finished()
-        except _WRITE_ERRORS as error:
-            raise self._failed(error) from error
+        self._attempt(self._manager.wait_until_finished)
         self._pending = None
 
     def poll(self) -> None:
@@ -141,16 +145,42 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def _failed(self, error: Exception) -> CheckpointError:
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        problem = None
+        try:
+            action()
+        except _WRITE_ERRORS as error:
+            problem = str(error).strip() or type(error).__name__
+        # Raised out here, without the cause: its frames would keep the failed write's futures alive until Python exits.
+        if problem is not None:
+            raise self._failed(problem)
+
+    def _failed(self, problem: str) -> CheckpointError:
         step, self._pending = self._pending, None
-        # The half-written folder would keep a full disk full.
-        for remains in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(remains, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1][-300:] if str(error).strip() else type(error).__name__
-        if "No space left" in str(error):
+        # A manager with several failed files raises their errors one by one, some of them for ever: a new one takes over.
+        for _ in range(_FILES_AT_ONCE):
+            with contextlib.suppress(*_WRITE_ERRORS):
+                self._manager.close()
+                break
+        self._remove_remains()
+        self._manager = self._open()
+        logging.getLogger("asyncio").addFilter(_is_news)
+        gc.collect()  # ends what the failed write left suspended while its modules are still loaded
+        reason = problem.splitlines()[-1][-300:]
+        if "No space left" in problem:
             reason = f"the disk is full (No space left on device: {self.folder})"
         kept = ", ".join(map(str, self.steps())) or "none"
         return CheckpointError(f"checkpoint of step {step} could not be written: {reason}. Checkpoints kept: {kept}")
+
+    def _remove_remains(self) -> None:
+        """Delete half-written checkpoints, which would keep a full disk full."""
+        for _ in range(_DELETIONS):
+            remains = list(self.folder.glob("*.orbax-checkpoint-tmp*"))
+            if not remains:
+                break
+            for folder in remains:
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.05)  # threads of the failed write may still be creating files
 
     def _check_compatible(self, step: int, abstract: Mapping[str, Any]) -> None:
         metadata = self._manager.item_metadata(step)["state"]
@@ -164,6 +194,35 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} does not fit this configuration: {'; '.join(problems)}. "
                 "Train with the configuration it was made with (config.json of its run), or start a new run folder"
             )
+
+
+@contextlib.contextmanager
+def quiet_failures() -> Generator[None]:
+    """Leave reporting a failed write to :class:`CheckpointError`.
+
+    Orbax logs a traceback of its own, and tensorstore prints one for every array whose write ends after that of the
+    first failure has closed their event loop.
+    """
+    logger = logging.getLogger("absl")
+    level, hook = logger.level, sys.unraisablehook
+
+    def show(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = show
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the other files of a failed write, which asyncio reports when it collects their futures."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, OSError) and record.getMessage().startswith("Future exception was never retrieved"))
 
 
 def describe_differences(

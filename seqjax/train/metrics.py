@@ -6,6 +6,9 @@ Losing a line of metrics must never end a run, so a full disk is reported once a
 import json
 import math
 import os
+import socket
+import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,53 +27,81 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, start: int, report: Callable[[str], None]):
-        self._path = folder / "metrics.jsonl"
         self._report = report
         self._failed = False
-        self._waiting = b""
-        self._writer: Any = None
-        drop_after(self._path, start)
+        drop_after(folder / "metrics.jsonl", start)
+        self._lines = _Appender(folder / "metrics.jsonl")
+        self._events: _Appender | None = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            # Without purging, TensorBoard draws both the killed run's steps and the resumed run's.
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=30)
+            (folder / "tensorboard").mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+            self._events = _Appender(folder / "tensorboard" / name)
+            self._events.add(_event(file_version="brain.Event:2"))
+            # Tells TensorBoard to forget the later steps of a run that was killed.
+            self._events.add(_event(step=start + 1, session_log={"status": 1}))
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Append one record; numbers that are not finite become null, which JSON can hold."""
         record = {"step": step} | {name: _json_number(value) for name, value in values.items()}
-        self._waiting += json.dumps(record).encode() + b"\n"
+        self._lines.add(json.dumps(record).encode() + b"\n")
+        if self._events is not None:
+            scalars = [{"tag": n, "simple_value": v} for n, v in values.items() if not isinstance(v, str)]
+            self._events.add(_event(step=step, summary={"value": scalars}))
+        self._flush("metrics cannot be written ({}); they are kept in memory and written when possible")
+
+    def _flush(self, message: str) -> None:
         try:
-            self._flush()
-            if self._writer is not None:
-                for name, value in values.items():
-                    if not isinstance(value, str) and math.isfinite(value):
-                        self._writer.add_scalar(name, value, step)
+            self._lines.flush()
+            if self._events is not None:
+                self._events.flush()
+            self._failed = False
         except OSError as error:
             if not self._failed:
-                self._report(f"metrics cannot be written ({error}); they are kept in memory and written when possible")
+                self._report(message.format(error))
             self._failed = True
 
-    def _flush(self) -> None:
-        with self._path.open("ab") as file:
-            length = file.seek(0, os.SEEK_END)
-            try:
-                file.write(self._waiting)
-                file.flush()
-            except OSError:
-                os.truncate(self._path, length)  # a torn line would make the file unreadable
-                raise
-        self._waiting, self._failed = b"", False
-
     def close(self) -> None:
-        """Flush and close."""
-        try:
-            if self._waiting:
-                self._flush()
-            if self._writer is not None:
-                self._writer.close()
-        except OSError as error:
-            self._report(f"the last metrics could not be written: {error}")
+        """Write what is still in memory."""
+        self._failed = False
+        self._flush("the last metrics could not be written: {}")
+
+
+class _Appender:
+    """A file that grows by whole records: what does not fit waits in memory, and nothing is torn."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._waiting = b""
+
+    def add(self, record: bytes) -> None:
+        self._waiting += record
+
+    def flush(self) -> None:
+        if not self._waiting:
+            return
+        with self._path.open("ab", buffering=0) as file:
+            length = file.seek(0, os.SEEK_END)
+            written = 0
+            try:
+                while written < len(self._waiting):
+                    written += file.write(self._waiting[written:])
+            except OSError:
+                os.truncate(self._path, length)
+                raise
+        self._waiting = b""
+
+
+def _event(**fields: Any) -> bytes:
+    """A TensorBoard event as a TFRecord: length, its checksum, the message, its checksum."""
+    # tensorboardX's own writer thread dies on a full disk, after which the next calls block for ever.
+    from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
+    from tensorboardX.record_writer import masked_crc32c
+
+    message = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(message))
+    return b"".join(
+        (length, struct.pack("<I", masked_crc32c(length)), message, struct.pack("<I", masked_crc32c(message)))
+    )
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

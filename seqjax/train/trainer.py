@@ -15,7 +15,7 @@ from jaxtyping import Array
 from seqjax.data import Corpus, make_evaluation_batches, make_loader
 from seqjax.models import LanguageModel, parameter_count
 from seqjax.tasks import Task
-from seqjax.train.checkpoint import CheckpointError, Checkpoints
+from seqjax.train.checkpoint import CheckpointError, Checkpoints, quiet_failures
 from seqjax.train.config import TrainConfig, save_config
 from seqjax.train.console import Display
 from seqjax.train.meter import Meter
@@ -149,11 +149,12 @@ class Trainer:
             ValueError: if the run folder holds another run.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(self.folder / "checkpoints", self.config.checkpoint)
-        try:
-            return self._run(checkpoints)
-        finally:
-            checkpoints.close()
+        with quiet_failures():
+            checkpoints = Checkpoints(self.folder / "checkpoints", self.config.checkpoint)
+            try:
+                return self._run(checkpoints)
+            finally:
+                checkpoints.close()
 
     def _resume_step(self, checkpoints: Checkpoints) -> int | None:
         steps = checkpoints.steps()
@@ -268,7 +269,7 @@ class _Loop:
             self.evaluate(stop)
         if self.data_state is not None and saved != self.step:
             self.save(final=True)
-        self.check_writes(wait=True)
+        self.check_writes(wait=True, final=saved == self.step)
         if stop.signal is not None:
             self.display.say(f"stopped by signal {stop.signal} after step {self.step}; saved, `--resume auto` goes on")
         return Result(self.step, self.last, self.state, stop.signal)
@@ -304,6 +305,7 @@ class _Loop:
 
     def save(self, *, final: bool) -> None:
         with self.meter.paused():
+            self.check_writes(wait=True)
             try:
                 self.checkpoints.save(self.step, self.state, self.data_state)
                 if final:
@@ -311,12 +313,12 @@ class _Loop:
             except CheckpointError as error:
                 self.failed(error, final)
 
-    def check_writes(self, *, wait: bool = False) -> None:
+    def check_writes(self, *, wait: bool = False, final: bool = False) -> None:
         """Report a background write that failed."""
         try:
             self.checkpoints.wait() if wait else self.checkpoints.poll()
         except CheckpointError as error:
-            self.failed(error, wait)
+            self.failed(error, final)
 
     def failed(self, error: CheckpointError, final: bool) -> None:
         self.display.say(f"WARNING: {error}")

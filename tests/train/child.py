@@ -14,8 +14,6 @@ from pathlib import Path
 
 
 def kill_during_write(folder: Path) -> None:
-    while list(folder.glob("*orbax-checkpoint-tmp*")):  # the one before gets its time
-        time.sleep(0.01)
     # A checkpoint becomes one by renaming its folder: without that the kill always finds it half-written.
     rename = os.rename
 
@@ -33,6 +31,12 @@ def kill_during_write(folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def wait_for_write(folder: Path) -> None:
+    """Let the checkpoint before the event finish, so that the event hits the next one."""
+    while list(folder.glob("*orbax-checkpoint-tmp*")):
+        time.sleep(0.01)
 
 
 def fill(file: Path) -> None:
@@ -66,6 +70,7 @@ def main(events: str, arguments: list[str]) -> int:
         steps = number
         happening = plan.get(number, [])
         for what, file in happening:
+            wait_for_write(run / "checkpoints")
             if what == "kill-write":
                 kill_during_write(run / "checkpoints")
             elif what == "fill":

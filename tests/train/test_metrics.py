@@ -1,6 +1,10 @@
 import json
 import math
 import os
+import struct
+
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from seqjax.train.metrics import MetricsLog, draw_losses, read_metrics
 
@@ -49,3 +53,21 @@ def test_the_loss_curve_is_a_picture(tmp_path):
     metrics.write(2, {"loss": math.nan})
     metrics.write(2, {"validation_loss": 1.5})
     assert draw_losses(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_reads_the_events(tmp_path):
+    metrics = MetricsLog(tmp_path, tensorboard=True, start=7, report=print)
+    metrics.write(8, {"loss": 0.25, "note": "text", "norm": math.nan})
+    metrics.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, messages = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        for start, stop in ((0, 8), (12, 12 + length)):
+            assert struct.unpack("<I", data[stop : stop + 4])[0] == masked_crc32c(data[start:stop])
+        messages.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    version, restart, scalars = messages
+    assert version.file_version == "brain.Event:2"
+    assert (restart.step, restart.session_log.status) == (8, 1)
+    assert [(v.tag, v.simple_value) for v in scalars.summary.value][0] == ("loss", 0.25)
