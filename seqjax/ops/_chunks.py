@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seqjax.ops._dispatch import check_segment_ids, check_shapes
@@ -31,7 +32,7 @@ CHUNK_SIZE = 64
 GROUP_TOKENS = 1024
 """Tokens whose intermediates live at once (see ``scan_chunks``)."""
 
-_TILE = 16  # smallest block worth a matmul of its own
+_TILE = 16  # tokens between which a decay per channel goes through dyadic levels
 _FLOOR = (
     -1000.0
 )  # exp() of it is 0 in float32 and float64; it stands in for -inf, which times a 0 of a mask would be NaN
@@ -85,14 +86,17 @@ def clear_padding(real: Array, *arrays: Array | None) -> tuple[Array | None, ...
     )
 
 
-def matmul(a: Array, b: Array, dtype: jnp.dtype) -> Array:
-    """Product of matrices rounded to ``dtype``, accumulated in the state's dtype; batch axes broadcast without copies.
+def product(subscripts: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    """einsum of operands rounded to ``dtype``, accumulated in the state's dtype; batch axes of size 1 broadcast without copies.
 
-    float32 asks for full float32 products: TPUs and GPUs would otherwise round the operands to bfloat16 or TF32.
+    float32 asks for full float32 products: TPUs and GPUs would otherwise round the operands to bfloat16 or TF32. Transposed
+    operands are written as subscripts, never as ``swapaxes``, which XLA's CPU backend would carry out as a copy.
     """
     precision = jax.lax.Precision.DEFAULT if dtype in (jnp.bfloat16, jnp.float16) else jax.lax.Precision.HIGHEST
     accumulate = jnp.promote_types(dtype, jnp.float32)
-    return jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=accumulate)
+    return jnp.einsum(
+        subscripts, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=accumulate
+    )
 
 
 def transpose(x: Array) -> Array:
@@ -140,12 +144,12 @@ def decayed_scores(
         products, sums = _channel_products(rows, columns, jnp.maximum(log_decay, _FLOOR), dtype)
         scores = [jnp.where(pair, p, 0) for p in products]
     else:
-        scores = [matmul(r, transpose(columns), dtype) for r in rows]
+        scores = [product("...ik,...jk->...ij", r, columns, dtype) for r in rows]
         if log_decay is None:
             scores = [jnp.where(pair, s, 0) for s in scores]
             sums = (jnp.zeros((1, 1), scores[0].dtype),) * 3
         else:
-            between, sums = _segment_sums(jnp.maximum(log_decay, _FLOOR))
+            between, sums = _scalar_sums(jnp.maximum(log_decay, _FLOOR))
             decay = _masked_exp(between, pair)
             scores = [s * decay for s in scores]
     return scores, Decays(*(_masked_exp(x, mask) for x, mask in zip(sums, (from_start, to_end, across))))
@@ -156,80 +160,88 @@ def _masked_exp(exponent, mask):
     return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
 
 
-def _segment_sums(log_decay):
-    """Scalar decay [..., C]: the sums G_i - G_j [..., C, C], and the exponents of ``Decays``.
-
-    sum_{j < s <= i} g_s for j = -1 .. C-1 is one product of masked log decays with a 0/1 matrix: no differences of sums.
+def _inside(start, stop, size):
+    """[*P, size]: start <= s < stop, for integer arrays start and stop of shape [*P]. Sums over intervals are products with it:
+    no differences of cumulative sums, so nothing cancels.
     """
+    index = np.arange(size)
+    return jnp.asarray((index >= np.asarray(start)[..., None]) & (index < np.asarray(stop)[..., None]))
+
+
+def _scalar_sums(log_decay):
+    """Scalar decay [..., C]: the sums G_i - G_j [..., C, C] (0 where j >= i), and the exponents of ``Decays``."""
     size = log_decay.shape[-1]
-    until = jnp.tril(jnp.broadcast_to(log_decay[..., None, :], log_decay.shape + (size,)))  # [i, s]: g_s if s <= i
-    after = jnp.arange(size)[:, None] > jnp.arange(-1, size)[None, :]  # [s, j]: s > j
-    between = matmul(until, after, log_decay.dtype)
-    return between[..., 1:], (between[..., :1], between[..., -1, 1:, None], between[..., -1:, :1])
+    edges = np.arange(size + 1)
+    inside = _inside(edges[None, :], edges[:, None], size)
+    sums = product(
+        "...s,ijs->...ij", log_decay, inside, log_decay.dtype
+    )  # g_j + .. + g_{i-1}: after token j-1, up to i-1
+    return sums[..., 1:, 1:], (sums[..., 1:, :1], sums[..., -1, 1:, None], sums[..., -1:, :1])
 
 
 def _channel_products(rows, columns, log_decay, dtype):
-    """Decay per channel [..., C, K]: the scores for j <= i (above the diagonal undefined but finite), and the exponents of ``Decays``.
+    """Decay per channel [..., C, K]: the scores for j <= i (0 above the diagonal), and the exponents of ``Decays``.
 
     Dyadic levels. Cut the chunk in blocks of 2b, b = 1, 2, 4 .. C/2. Every pair j < i is at exactly one level in the upper (i) and
-    lower (j) half of a block, and its exponent splits at the middle of that block into a part of i and a part of j, both <= 0:
-    a level is a matmul of rows and columns decayed *outward from the middle*. The sums grow by doubling, from single tokens.
+    lower (j) half of a block, and its exponent splits at the middle of that block into a part of i and a part of j, both <= 0.
+    So a level needs one decay per token, *outward from the middle*, and one matmul, of which the pairs of the level are kept.
     """
     size, channels = log_decay.shape[-2:]
     tile = min(_TILE, size)
-    index = jnp.arange(tile)
+    index = np.arange(size)
+
+    def interval_sums(start, stop):  # [..., C, K]: sum over start_i <= s < stop_i
+        # Broadcast, because a product with one shared matrix would put its axis before the batch: a transposition of everything.
+        inside = jnp.broadcast_to(_inside(start, stop, size), log_decay.shape[:-1] + (size,))
+        return product("...is,...sk->...ik", inside, log_decay, log_decay.dtype)
 
     def cut(x, n):  # [..., C, K] -> [..., C/n, n, K]
         return x.reshape(x.shape[:-2] + (size // n, n, channels))
 
-    # Level 0: i = j, no decay.
-    products = [jnp.sum(cut((r * columns).astype(log_decay.dtype), tile), -1)[..., None] * jnp.eye(tile) for r in rows]
-    # Inside blocks of b tokens: sum from the start to token i inclusive, and from after token i to the end.
-    prefix, suffix = cut(log_decay, 1), jnp.zeros_like(cut(log_decay, 1))
+    # Level 0: i = j, no decay. Levels of blocks that fit in a tile of 16 multiply tiles only.
+    tiles = [jnp.sum((r * columns).astype(log_decay.dtype), -1) for r in rows]
+    tiles = [d.reshape(d.shape[:-1] + (size // tile, tile, 1)) * np.eye(tile, dtype=d.dtype) for d in tiles]
+    whole = [0.0 for _ in rows]
     block = 1
     while block < size:
-        prefix_low, prefix_high = prefix[..., 0::2, :, :], prefix[..., 1::2, :, :]
-        suffix_low, suffix_high = suffix[..., 0::2, :, :], suffix[..., 1::2, :, :]
-        decay_low, decay_high = jnp.exp(suffix_low), jnp.exp(prefix_high)
-        if block < tile:  # too small for matmuls of its own: multiply whole tiles, keep the pairs of this level
-            outward = jnp.stack([decay_low, decay_high], axis=-3).reshape(log_decay.shape)
-            half = index // block
-            level = (half[:, None] // 2 == half // 2) & (half[:, None] > half)
-            low = transpose(cut(columns * outward, tile))
-            new = [jnp.where(level, matmul(cut(r * outward, tile), low, dtype), 0) for r in rows]
-            products = [p + n for p, n in zip(products, new)]
-        else:
-            low = transpose(cut(columns, block)[..., 0::2, :, :] * decay_low)
-            corners = [matmul(cut(r, block)[..., 1::2, :, :] * decay_high, low, dtype) for r in rows]
-            products = [
-                jnp.concatenate(
-                    [
-                        jnp.concatenate([p[..., 0::2, :, :], jnp.zeros_like(corner)], axis=-1),
-                        jnp.concatenate([corner, p[..., 1::2, :, :]], axis=-1),
-                    ],
-                    axis=-2,
-                )
-                for p, corner in zip(products, corners)
-            ]
-        prefix = jnp.concatenate([prefix_low, prefix_high + prefix_low[..., -1:, :]], axis=-2)
-        suffix = jnp.concatenate([suffix_low + prefix_high[..., -1:, :], suffix_high], axis=-2)
+        half = index // block
+        upper = half % 2 == 1
+        start, stop = np.where(upper, half * block, index + 1), np.where(upper, index + 1, (half + 1) * block)
+        outward = jnp.exp(interval_sums(start, stop))
+        pairs = upper[:, None] & (half[:, None] == half + 1)
+        n = tile if 2 * block <= tile else size
+        low = cut(columns * outward, n)
+        for r, row in enumerate(rows):
+            level = product("...ik,...jk->...ij", cut(row * outward, n), low, dtype)
+            level = jnp.where(pairs[:n, :n], level, 0)
+            if n == tile:
+                tiles[r] += level
+            else:
+                whole[r] += level[..., 0, :, :]
         block *= 2
-    prefix, suffix = prefix[..., 0, :, :], suffix[..., 0, :, :]
-    return [p[..., 0, :, :] for p in products], (prefix, suffix, prefix[..., -1, :, None])
+    if tile == size:
+        scores = [t[..., 0, :, :] for t in tiles]
+    else:
+        same = np.eye(size // tile, dtype=bool)[:, None, :, None]
+        tiles = [jnp.where(same, t[..., :, :, None, :], 0) for t in tiles]  # [..., i's tile, i, j's tile, j]
+        scores = [w + t.reshape(w.shape) for w, t in zip(whole, tiles)]
+    from_start = interval_sums(np.zeros_like(index), index + 1)
+    to_end = interval_sums(index + 1, np.full_like(index, size))
+    return scores, (from_start, to_end, from_start[..., -1, :, None])
 
 
 def read(rows: Array, decay: Array, state: Array, dtype: jnp.dtype) -> Array:
     """(decay * rows) state; a scalar decay multiplies the product, so that queries shared by R heads are not repeated."""
     if decay.shape[-1] == 1:
-        return decay * matmul(rows, state, dtype)
-    return matmul(decay * rows, state, dtype)
+        return decay * product("...ck,...kv->...cv", rows, state, dtype)
+    return product("...ck,...kv->...cv", decay * rows, state, dtype)
 
 
 def write(columns: Array, decay: Array, values: Array, dtype: jnp.dtype) -> Array:
     """(decay * columns)^T values; a scalar decay multiplies the values, for the same reason."""
     if decay.shape[-1] == 1:
-        return matmul(transpose(columns), decay * values, dtype)
-    return matmul(transpose(decay * columns), values, dtype)
+        return product("...ck,...cv->...kv", columns, decay * values, dtype)
+    return product("...ck,...cv->...kv", decay * columns, values, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loops

@@ -13,7 +13,7 @@ from seqjax.ops._chunks import (
     clear_padding,
     decay_shape,
     decayed_scores,
-    matmul,
+    product,
     read,
     scan_chunks,
     scan_tokens,
@@ -104,11 +104,11 @@ def _chunked(query, key, value, beta, log_decay, initial_state, documents, scale
         q, k, v, b, g = chunks.tokens
         (reads, overlaps), decays = decayed_scores((q, k), k, g, chunks.documents, chunks.carried, dtype)
         solve = unit_lower_inverse(b[..., :, None] * overlaps) * b[..., None, :]  # T
-        fresh = matmul(solve, v, dtype)  # T V
+        fresh = product("...ij,...jv->...iv", solve, v, dtype)  # T V
         if decays.from_start.shape[-1] == 1:
-            stale = matmul(solve * transpose(decays.from_start), k, dtype)  # T (e^G K)
+            stale = product("...ij,...jk->...ik", solve * transpose(decays.from_start), k, dtype)  # T (e^G K)
         else:
-            stale = matmul(solve, decays.from_start * k, dtype)
+            stale = product("...ij,...jk->...ik", solve, decays.from_start * k, dtype)
         lead = fresh.shape[:-2]
         decays = decays._replace(
             to_end=jnp.broadcast_to(decays.to_end, lead + decays.to_end.shape[-2:]),
@@ -117,12 +117,12 @@ def _chunked(query, key, value, beta, log_decay, initial_state, documents, scale
 
         def advance(state, chunk):
             k, fresh, stale, to_end, across = chunk
-            written = fresh - matmul(stale, state, dtype)  # W
+            written = fresh - product("...ck,...kv->...cv", stale, state, dtype)  # W
             return across * state + write(k, to_end, written, dtype), (state, written)
 
         state, (states, written) = jax.lax.scan(advance, state, (k, fresh, stale, decays.to_end, decays.across))
-        return state, (scale * (read(q, decays.from_start, states, dtype) + matmul(reads, written, dtype))).astype(
-            dtype
-        )
+        return state, (
+            scale * (read(q, decays.from_start, states, dtype) + product("...ij,...jv->...iv", reads, written, dtype))
+        ).astype(dtype)
 
     return scan_chunks(body, initial_state, (query, key, value, beta, log_decay), documents, query.shape[2], chunk_size)

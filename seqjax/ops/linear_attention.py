@@ -13,7 +13,7 @@ from seqjax.ops._chunks import (
     clear_padding,
     decay_shape,
     decayed_scores,
-    matmul,
+    product,
     read,
     scan_chunks,
     scan_tokens,
@@ -96,6 +96,8 @@ def _chunked(query, key, value, log_decay, initial_state, documents, scale, *, c
             return across * state + writes, state
 
         state, states = jax.lax.scan(advance, state, (across, writes))
-        return state, (scale * (read(q, decays.from_start, states, dtype) + matmul(scores, v, dtype))).astype(dtype)
+        return state, (
+            scale * (read(q, decays.from_start, states, dtype) + product("...ij,...jv->...iv", scores, v, dtype))
+        ).astype(dtype)
 
     return scan_chunks(body, initial_state, (query, key, value, log_decay), documents, query.shape[2], chunk_size)
