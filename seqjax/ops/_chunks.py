@@ -17,7 +17,7 @@ Layout inside a chunked form: [N, M, B, G, R, C, .] with N groups of M chunks of
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from seqjax.ops._dispatch import check_segment_ids, check_shapes
 CHUNK_SIZE = 64
 """Tokens per chunk. Costs per token grow as C (scores) + K*V/C (states); 64 is best on CPU and GPU, 128 fills a TPU's matrix unit."""
 
-GROUP_TOKENS = 1024
+GROUP_TOKENS = 256
 """Tokens whose intermediates live at once (see ``scan_chunks``)."""
 
 _TILE = 16  # tokens between which a decay per channel goes through dyadic levels
@@ -75,7 +75,7 @@ def check_inputs(
     return sizes
 
 
-def clear_padding(real: Array, *arrays: Array | None) -> tuple[Array | None, ...]:
+def clear_padding(real: Array, *arrays: Array | None) -> tuple[Any, ...]:
     """Zero the tokens [B, T, ...] that are padding, so that nothing in them (NaN included) reaches a value or a gradient.
 
     A token whose query, key, value, beta and log decay are 0 leaves the state as it was and reads 0: it is absent.
@@ -115,12 +115,18 @@ class Decays(NamedTuple):
     across: Float[Array, "... c 1"]
 
 
+class Documents(NamedTuple):
+    """Running document numbers (``_segments.Segments.document``) of the tokens of a chunk and of the state before it."""
+
+    token: Int[Array, "... C"]
+    carried: Int[Array, "..."]
+
+
 def decayed_scores(
     rows: tuple[Float[Array, "... C K"], ...],
     columns: Float[Array, "... C K"],
     log_decay: Float[Array, "... C"] | Float[Array, "... C K"] | None,
-    documents: Int[Array, "... C"] | None,
-    carried: Int[Array, "..."] | None,
+    documents: Documents | None,
     dtype: jnp.dtype,
 ) -> tuple[list[Float[Array, "... C C"]], Decays]:
     """For each array of rows r, sum_c r_ic exp(G_ic - G_jc) columns_jc for j <= i in one document (else 0); and the decays.
@@ -128,18 +134,18 @@ def decayed_scores(
     Args:
         rows, columns: queries and keys of a chunk.
         log_decay: none, scalar or per channel.
-        documents: running document number of each token; None if there is one document.
-        carried: document number that the state before the chunk belongs to.
+        documents: of the tokens and of the state before the chunk; None if there is only one.
         dtype: of the operands of the matmuls.
     """
     size = columns.shape[-2]
     pair = jnp.tril(jnp.ones((size, size), bool))
     from_start = to_end = across = jnp.ones((1, 1), bool)
     if documents is not None:
-        pair &= documents[..., :, None] == documents[..., None, :]
-        from_start = (documents == carried[..., None])[..., None]
-        to_end = (documents == documents[..., -1:])[..., None]
-        across = (documents[..., -1] == carried)[..., None, None]
+        token, carried = documents
+        pair &= token[..., :, None] == token[..., None, :]
+        from_start = (token == carried[..., None])[..., None]
+        to_end = (token == token[..., -1:])[..., None]
+        across = (token[..., -1] == carried)[..., None, None]
     if log_decay is not None and log_decay.ndim == columns.ndim:
         products, sums = _channel_products(rows, columns, jnp.maximum(log_decay, _FLOOR), dtype)
         scores = [jnp.where(pair, p, 0) for p in products]
@@ -173,9 +179,7 @@ def _scalar_sums(log_decay):
     size = log_decay.shape[-1]
     edges = np.arange(size + 1)
     inside = _inside(edges[None, :], edges[:, None], size)
-    sums = product(
-        "...s,ijs->...ij", log_decay, inside, log_decay.dtype
-    )  # g_j + .. + g_{i-1}: after token j-1, up to i-1
+    sums = product("...s,ijs->...ij", log_decay, inside, log_decay.dtype)  # g_j + .. + g_{i-1}
     return sums[..., 1:, 1:], (sums[..., 1:, :1], sums[..., -1, 1:, None], sums[..., -1:, :1])
 
 
@@ -190,26 +194,27 @@ def _channel_products(rows, columns, log_decay, dtype):
     tile = min(_TILE, size)
     index = np.arange(size)
 
-    def interval_sums(start, stop):  # [..., C, K]: sum over start_i <= s < stop_i
-        # Broadcast, because a product with one shared matrix would put its axis before the batch: a transposition of everything.
-        inside = jnp.broadcast_to(_inside(start, stop, size), log_decay.shape[:-1] + (size,))
-        return product("...is,...sk->...ik", inside, log_decay, log_decay.dtype)
-
     def cut(x, n):  # [..., C, K] -> [..., C/n, n, K]
         return x.reshape(x.shape[:-2] + (size // n, n, channels))
 
+    def interval_sums(start, stop, n):  # [..., C/n, n, K]: sum over start_i <= s < stop_i for the i of a block of n
+        x = cut(log_decay, n)
+        # Broadcast, because a product with one shared matrix would put its axis before the batch: a transposition of everything.
+        inside = jnp.broadcast_to(_inside(start[:n], stop[:n], n), x.shape[:-1] + (n,))
+        return product("...is,...sk->...ik", inside, x, x.dtype).reshape(log_decay.shape)
+
     # Level 0: i = j, no decay. Levels of blocks that fit in a tile of 16 multiply tiles only.
-    tiles = [jnp.sum((r * columns).astype(log_decay.dtype), -1) for r in rows]
+    tiles = [jnp.sum(r.astype(log_decay.dtype) * columns, -1) for r in rows]
     tiles = [d.reshape(d.shape[:-1] + (size // tile, tile, 1)) * np.eye(tile, dtype=d.dtype) for d in tiles]
-    whole = [0.0 for _ in rows]
+    whole: list[Any] = [0.0 for _ in rows]
     block = 1
     while block < size:
         half = index // block
         upper = half % 2 == 1
         start, stop = np.where(upper, half * block, index + 1), np.where(upper, index + 1, (half + 1) * block)
-        outward = jnp.exp(interval_sums(start, stop))
         pairs = upper[:, None] & (half[:, None] == half + 1)
         n = tile if 2 * block <= tile else size
+        outward = jnp.exp(interval_sums(start, stop, n))
         low = cut(columns * outward, n)
         for r, row in enumerate(rows):
             level = product("...ik,...jk->...ij", cut(row * outward, n), low, dtype)
@@ -225,8 +230,8 @@ def _channel_products(rows, columns, log_decay, dtype):
         same = np.eye(size // tile, dtype=bool)[:, None, :, None]
         tiles = [jnp.where(same, t[..., :, :, None, :], 0) for t in tiles]  # [..., i's tile, i, j's tile, j]
         scores = [w + t.reshape(w.shape) for w, t in zip(whole, tiles)]
-    from_start = interval_sums(np.zeros_like(index), index + 1)
-    to_end = interval_sums(index + 1, np.full_like(index, size))
+    from_start = interval_sums(np.zeros_like(index), index + 1, size)
+    to_end = interval_sums(index + 1, np.full_like(index, size), size)
     return scores, (from_start, to_end, from_start[..., -1, :, None])
 
 
@@ -250,14 +255,14 @@ def write(columns: Array, decay: Array, values: Array, dtype: jnp.dtype) -> Arra
 def scan_tokens(
     step: Callable[..., tuple[Array, Array]],
     state: Float[Array, "B H K V"],
-    tokens: tuple[Array | None, ...],
+    tokens: tuple[Any, ...],
     starts: Array | None,
     groups: int,
     scale: Array | float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Run ``step(state, (*token, start)) -> (state, read)`` over single tokens; a single token (decoding) without a loop."""
     value, log_decay = tokens[2], tokens[-1]
-    inputs = [None if x is None else split_heads(x, groups).astype(state.dtype) for x in tokens]
+    inputs: list[Any] = [None if x is None else split_heads(x, groups).astype(state.dtype) for x in tokens]
     if log_decay is not None and log_decay.ndim == 3:
         inputs[-1] = inputs[-1][..., None]
     state, shape = split_heads(state, groups, axis=1), state.shape
@@ -271,17 +276,16 @@ def scan_tokens(
 
 
 class Chunks(NamedTuple):
-    """Token arrays of M chunks, [M, B, G, R, C, .], with their documents [M, B, 1, 1, C] and that of the state before each."""
+    """Token arrays of M chunks, [M, B, G, R, C, .] (None where the op was given none), and their documents, [M, B, 1, 1, C]."""
 
-    tokens: tuple[Array | None, ...]
-    documents: Array | None
-    carried: Array | None
+    tokens: tuple[Any, ...]
+    documents: Documents | None
 
 
 def scan_chunks(
     body: Callable[[Array, Chunks], tuple[Array, Array]],
     state: Float[Array, "B H K V"],
-    tokens: tuple[Array | None, ...],
+    tokens: tuple[Any, ...],
     documents: Int[Array, "B T"] | None,
     groups: int,
     chunk_size: int,
@@ -303,16 +307,14 @@ def scan_chunks(
         x = x.reshape((x.shape[0], count, per_group, chunk_size) + x.shape[2:])
         return jnp.moveaxis(x, (1, 2, 0, 4, 5, 3), range(6))
 
-    carried = None
+    numbers = None
     if documents is not None:
-        documents = jnp.pad(documents, [(0, 0), (0, padding)], mode="edge")
-        documents = jnp.moveaxis(documents.reshape(-1, count * per_group, chunk_size), 0, 1)
-        carried = jnp.concatenate(
-            [jnp.zeros_like(documents[:1, :, -1]), documents[:-1, :, -1]]
-        )  # the first real token continues
-        documents = documents.reshape(count, per_group, -1, 1, 1, chunk_size)
-        carried = carried.reshape(count, per_group, -1, 1, 1)
-    inputs = Chunks(tuple(None if x is None else layout(x) for x in tokens), documents, carried)
+        token = jnp.pad(documents, [(0, 0), (0, padding)], mode="edge").reshape(-1, count * per_group, chunk_size)
+        token = jnp.moveaxis(token, 0, 1)  # [N*M, B, C]
+        carried = jnp.pad(token[:-1, :, -1], [(1, 0), (0, 0)])  # number 0 continues the initial state
+        lead = (count, per_group, -1, 1, 1)
+        numbers = Documents(token.reshape(lead + (chunk_size,)), carried.reshape(lead))
+    inputs = Chunks(tuple(None if x is None else layout(x) for x in tokens), numbers)
     final, output = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), split_heads(state, groups, axis=1), inputs)
     output = jnp.moveaxis(output, range(6), (1, 2, 0, 4, 5, 3))  # [B, N, M, C, G, R, V]
     output = output.reshape(output.shape[0], length + padding, -1, output.shape[-1])

@@ -39,7 +39,42 @@ def delta_rule(
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """S' = diag(exp(g_t)) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,   o_t = scale * S_t^T q_t."""
+    """S' = diag(exp(g_t)) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,   o_t = scale * S_t^T q_t.
+
+    The value stored under k_t moves by beta_t towards v_t. Token t reads its own write. No decay is DeltaNet, a scalar one
+    Gated DeltaNet, one per channel Kimi Delta Attention. Keys are used as given: it contracts for 0 <= beta_t |k_t|^2 <= 2.
+
+    Args:
+        query: H a multiple of G; query/key head ``g`` serves value heads ``g*H/G .. (g+1)*H/G - 1``.
+        key: as query.
+        value: its dtype and those of query and key decide the dtype of the output.
+        beta: step size.
+        log_decay: g <= 0, per head or per key channel (-inf included); None is 0.
+        scale: factor on the reads; None is ``K ** -0.5``.
+        initial_state: state before the first token, continued by the first document of a row; None is zeros.
+        segment_ids: documents numbered from 1; a change resets the state, 0 is padding (absent, its output is 0).
+        chunk_size: tokens per chunk of the fast form, rounded up to a power of two; None is 64. No effect on the result.
+        implementation: None picks; "reference" is one step per token, "xla" the chunked form. A single token is always one step.
+
+    Returns:
+        (output [B, T, H, V] in the inputs' dtype, final state [B, H, K, V] in float32; float64 for float64 inputs).
+        Operands of matmuls have the inputs' dtype, sums float32; decays, states and the triangular inverse are float32, and float32 inputs
+        ask accelerators for full float32 products. Differentiable in both modes, in every array, through both results; the
+        backward pass recomputes inside groups of chunks and keeps only the state at the start of each group.
+
+    Raises:
+        ValueError: shapes disagree, G does not divide H, T is 0, a bad ``chunk_size``, ``implementation`` or segment dtype.
+        NotImplementedError: ``implementation="pallas"`` and there is no kernel.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> key, beta = jnp.eye(2).reshape(1, 2, 1, 2), jnp.ones((1, 2, 1))
+        >>> output, state = delta_rule(key, key, jnp.array([[[[3.0]], [[5.0]]]]), beta, scale=1.0)
+        >>> output[0, :, 0, 0].tolist(), state[0, 0, :, 0].tolist()
+        ([3.0, 5.0], [3.0, 5.0])
+
+    Reference: DeltaNet (arXiv 2406.06484, section 3); Gated DeltaNet (2412.06464, eq. 10); KDA (2510.26692).
+    """
     op = "delta_rule"
     shapes = {
         "query": (query, "B T G K"),
@@ -50,7 +85,7 @@ def delta_rule(
     }
     sizes = check_inputs(op, shapes, initial_state, segment_ids)
     chunk_size = chunk_length(op, chunk_size, sizes["T"])
-    implementation = resolve_implementation(op, implementation)
+    form = resolve_implementation(op, implementation)
     dtype = state_dtype(query, key, value)
     state = jnp.zeros([sizes[s] for s in "BHKV"], dtype) if initial_state is None else initial_state.astype(dtype)
     beta, log_decay = beta.astype(dtype), None if log_decay is None else log_decay.astype(dtype)
@@ -58,7 +93,7 @@ def delta_rule(
     segments = None if segment_ids is None else segment_info(segment_ids)
     if segments is not None:
         query, key, value, beta, log_decay = clear_padding(segments.real, query, key, value, beta, log_decay)
-    if implementation == "reference" or sizes["T"] == 1:
+    if form == "reference" or sizes["T"] == 1:
         return _reference(query, key, value, beta, log_decay, state, segments and segments.start, scale)
     return _chunked(
         query, key, value, beta, log_decay, state, segments and segments.document, scale, chunk_size=chunk_size
@@ -102,7 +137,7 @@ def _chunked(query, key, value, beta, log_decay, initial_state, documents, scale
 
     def body(state, chunks: Chunks):
         q, k, v, b, g = chunks.tokens
-        (reads, overlaps), decays = decayed_scores((q, k), k, g, chunks.documents, chunks.carried, dtype)
+        (reads, overlaps), decays = decayed_scores((q, k), k, g, chunks.documents, dtype)
         solve = unit_lower_inverse(b[..., :, None] * overlaps) * b[..., None, :]  # T
         fresh = product("...ij,...jv->...iv", solve, v, dtype)  # T V
         if decays.from_start.shape[-1] == 1:

@@ -36,7 +36,41 @@ def linear_attention(
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,   o_t = scale * S_t^T q_t   (token t reads its own write)."""
+    """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,   o_t = scale * S_t^T q_t.
+
+    Token t reads its own write. No decay is linear attention, a constant one RetNet, a scalar one Mamba-2, one per channel GLA.
+
+    Args:
+        query: H a multiple of G; query/key head ``g`` serves value heads ``g*H/G .. (g+1)*H/G - 1``.
+        key: as query.
+        value: its dtype and those of query and key decide the dtype of the output.
+        log_decay: g <= 0, per head or per key channel (-inf included); None is 0.
+        scale: factor on the reads; None is ``K ** -0.5``.
+        initial_state: state before the first token, continued by the first document of a row; None is zeros.
+        segment_ids: documents numbered from 1; a change resets the state, 0 is padding (absent, its output is 0).
+        chunk_size: tokens per chunk of the fast form, rounded up to a power of two; None is 64. No effect on the result.
+        implementation: None picks; "reference" is one step per token, "xla" the chunked form. A single token is always one step.
+
+    Returns:
+        (output [B, T, H, V] in the inputs' dtype, final state [B, H, K, V] in float32; float64 for float64 inputs).
+        Operands of matmuls have the inputs' dtype, sums float32; decays, states are float32, and float32 inputs
+        ask accelerators for full float32 products. Differentiable in both modes, in every array, through both results; the
+        backward pass recomputes inside groups of chunks and keeps only the state at the start of each group.
+
+    Raises:
+        ValueError: shapes disagree, G does not divide H, T is 0, a bad ``chunk_size``, ``implementation`` or segment dtype.
+        NotImplementedError: ``implementation="pallas"`` and there is no kernel.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((1, 3, 1, 1))
+        >>> output, state = linear_attention(x, x, x, jnp.log(jnp.full((1, 3, 1), 0.5)))
+        >>> output[0, :, 0, 0].tolist(), state.item()
+        ([1.0, 1.5, 1.75], 1.75)
+
+    Reference: Katharopoulos et al. (arXiv 2006.16236); RetNet (2307.08621); Mamba-2 (2405.21060, section 6); GLA (2312.06635,
+    section 4).
+    """
     op = "linear_attention"
     shapes = {
         "query": (query, "B T G K"),
@@ -46,7 +80,7 @@ def linear_attention(
     }
     sizes = check_inputs(op, shapes, initial_state, segment_ids)
     chunk_size = chunk_length(op, chunk_size, sizes["T"])
-    implementation = resolve_implementation(op, implementation)
+    form = resolve_implementation(op, implementation)
     dtype = state_dtype(query, key, value)
     state = jnp.zeros([sizes[s] for s in "BHKV"], dtype) if initial_state is None else initial_state.astype(dtype)
     log_decay = None if log_decay is None else log_decay.astype(dtype)
@@ -54,7 +88,7 @@ def linear_attention(
     segments = None if segment_ids is None else segment_info(segment_ids)
     if segments is not None:
         query, key, value, log_decay = clear_padding(segments.real, query, key, value, log_decay)
-    if implementation == "reference" or sizes["T"] == 1:
+    if form == "reference" or sizes["T"] == 1:
         return _reference(query, key, value, log_decay, state, segments and segments.start, scale)
     return _chunked(query, key, value, log_decay, state, segments and segments.document, scale, chunk_size=chunk_size)
 
@@ -87,7 +121,7 @@ def _chunked(query, key, value, log_decay, initial_state, documents, scale, *, c
 
     def body(state, chunks: Chunks):
         q, k, v, g = chunks.tokens
-        (scores,), decays = decayed_scores((q,), k, g, chunks.documents, chunks.carried, dtype)
+        (scores,), decays = decayed_scores((q,), k, g, chunks.documents, dtype)
         writes = write(k, decays.to_end, v, dtype)
         across = jnp.broadcast_to(decays.across, writes.shape[:-2] + decays.across.shape[-2:])
 

@@ -13,7 +13,7 @@ LINEAR = ("query", "key", "value")
 DELTA = ("query", "key", "value", "beta")
 
 
-def make(key, batch, time, dtype, *, names, decay, groups, heads):
+def make(key, batch, time, dtype, *, names, decay, groups, heads, k=K, v=V):
     """Inputs as layers make them: log decays -softplus(x), and for the delta rule unit keys and beta in (0, 2)."""
     keys = iter(jax.random.split(key, 7))
 
@@ -21,18 +21,18 @@ def make(key, batch, time, dtype, *, names, decay, groups, heads):
         return jax.random.normal(next(keys), shape, jnp.float32)
 
     query, keys_, value = (
-        normal(batch, time, groups, K),
-        normal(batch, time, groups, K),
-        normal(batch, time, heads, V),
+        normal(batch, time, groups, k),
+        normal(batch, time, groups, k),
+        normal(batch, time, heads, v),
     )
     inputs = {"query": query, "key": keys_, "value": value}
     if "beta" in names:
         inputs["key"] = keys_ / jnp.linalg.norm(keys_, axis=-1, keepdims=True)
         inputs["beta"] = 2 * jax.nn.sigmoid(2 * normal(batch, time, heads))
     if decay is not None:
-        shape = (batch, time, heads) + ((K,) if decay == "channel" else ())
+        shape = (batch, time, heads) + ((k,) if decay == "channel" else ())
         inputs["log_decay"] = -jax.nn.softplus(2 * normal(*shape) - 1)
-    return {name: array.astype(dtype) for name, array in inputs.items()} | {"initial_state": normal(batch, heads, K, V)}
+    return {name: array.astype(dtype) for name, array in inputs.items()} | {"initial_state": normal(batch, heads, k, v)}
 
 
 def call(inputs, segment_ids=None, implementation=None, chunk_size=None, *, op, names):
