@@ -40,7 +40,8 @@ class Scale:
     steps: dict[str, int]  # corpus -> steps of the final runs
     grid_steps: dict[str, int]  # corpus -> steps of each run of the grid
     learning_rates: tuple[float, ...]
-    evaluation_tokens: int | None  # of the validation split; the test split is always evaluated whole
+    grid_tokens: int | None  # of the validation split, that the grid is judged by
+    evaluation_tokens: int | None  # of the validation and test splits in the final scores; None for all of them
     speed_steps: int
     dtype: str = "float32"
 
@@ -56,6 +57,7 @@ SCALES = {
         dict.fromkeys(CORPORA, 3),
         (3e-3,),
         2000,
+        2000,
         3,
     ),
     "small": Scale(
@@ -64,10 +66,11 @@ SCALES = {
         4096,
         256,
         8,
-        {"pg19": 600, "wikitext103": 300},
-        {"pg19": 120, "wikitext103": 80},
-        (2e-3, 4e-3, 8e-3),
-        200_000,
+        {"pg19": 300, "wikitext103": 150},
+        {"pg19": 80, "wikitext103": 50},
+        (2e-3, 6e-3),
+        100_000,
+        400_000,
         12,
     ),
     "full": Scale(
@@ -79,6 +82,7 @@ SCALES = {
         {"pg19": 1500, "wikitext103": 100},
         {"pg19": 300, "wikitext103": 40},
         (5e-4, 1e-3, 2e-3),
+        None,
         None,
         20,
         "bfloat16",
@@ -198,9 +202,10 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
             max_tokens=max_tokens,
         )
 
-    result["validation"] = score("validation", "carry", scale.evaluation_tokens).to_dict()
+    limit = scale.grid_tokens if request["kind"] == "grid" else scale.evaluation_tokens
+    result["validation"] = score("validation", "carry", limit).to_dict()
     if request["kind"] == "final":
-        scores = {state: score("test", state, None) for state in ("carry", "reset")}
+        scores = {state: score("test", state, limit) for state in ("carry", "reset")}
         result |= {f"test_{state}": value.to_dict() for state, value in scores.items()}
         labels = {f"{request['model']}, {state} state": value for state, value in scores.items()}
         plot_loss_by_position(labels, run / "loss-by-position.png", window=scale.window)
