@@ -1,17 +1,25 @@
 """The benchmark tells the truth: it refuses wrong results, judges goals correctly and writes what it measured."""
 
+import importlib.util
 import json
 import math
+import pathlib
+import sys
 import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
+from jax.lax import stop_gradient
 
-from seqjax import ops
+from seqjax import models, ops
 from seqjax.cli import main
-from seqjax.cli.bench import measure
+from seqjax.cli.bench import decode, measure
+from seqjax.cli.bench import train as train_suite
 from seqjax.cli.bench.ops import worst
 from seqjax.cli.bench.report import Goal, Report, columns, plain
+from seqjax.data import PrepareConfig, prepare
 
 TINY_OPS = ["--lengths", "32", "64", "--reference-length", "48", "--heads", "2", "--dim", "4", "--repeats", "1"]
 
@@ -24,7 +32,7 @@ def bench(tmp_path, *arguments):
 
 def check_envelope(result, suite):
     assert result["suite"] == suite
-    assert {"date", "commit", "command", "machine", "versions", "options", "rows", "goals", "load_average"} <= set(
+    assert {"date", "commit", "command", "machine", "versions", "options", "rows", "goals", "load_before"} <= set(
         result
     )
     assert result["versions"]["jax"] and result["machine"]["cores"] >= 1
@@ -121,16 +129,13 @@ def test_ops_refuses_to_publish_a_wrong_op(tmp_path, monkeypatch, capsys, fault)
     def wrong(x, log_decay=None, *, implementation=None, **more):
         if implementation == "xla" and fault == "gradient":
             # The right values with a gradient that ignores the decay.
-            frozen = jnp.asarray(log_decay)
-            return right(x, jax_stop(frozen), implementation=implementation, **more)
+            return right(x, stop_gradient(log_decay), implementation=implementation, **more)
         output, state = right(x, log_decay, implementation=implementation, **more)
         if implementation == "xla" and fault == "output":
             output = output.at[0, -1].multiply(1.5)
         if implementation == "xla" and fault == "state":
             state = 1.01 * state
         return output, state
-
-    from jax.lax import stop_gradient as jax_stop
 
     monkeypatch.setattr(ops, "linear_recurrence", wrong)
     code, result = bench(tmp_path, "ops", *TINY_OPS, "--filter", "linear_recurrence real")
@@ -144,3 +149,129 @@ def test_ops_needs_a_matching_filter_and_sane_sizes(capsys):
     assert "delta_rule channel" in capsys.readouterr().err
     assert main(["bench", "ops", "--repeats", "0"]) == 2
     assert "--repeats" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"line {number} of a small corpus" for number in range(2000)))
+    prepare(PrepareConfig("text", (str(text),), out=str(folder / "corpus"), document="line", workers=1))
+    return str(folder / "corpus")
+
+
+def test_decode_times_fixed_and_growing_states(tmp_path):
+    code, result = bench(
+        tmp_path,
+        *("decode", "--presets", "gla-tiny", "transformer-tiny", "--contexts", "8", "24"),
+        *("--new-tokens", "6", "--block", "2", "--repeats", "1"),
+    )
+    assert code == 0 and result is not None
+    check_envelope(result, "decode")
+    fixed, grows = result["rows"]
+    assert (fixed["state"], grows["state"]) == ("fixed", "grows")
+    assert fixed["state bytes by context"]["8"] == fixed["state bytes by context"]["24"]
+    assert grows["state bytes by context"]["8"] < grows["state bytes by context"]["24"]
+    assert all(value > 0 for row in result["rows"] for value in row["ms by context"].values())
+    (goal,) = result["goals"]
+    assert goal["name"].startswith("gla-tiny") and goal["measured"] == pytest.approx(fixed["ratio"], rel=1e-4)
+
+
+def test_a_read_state_is_the_state_after_the_context():
+    options = decode.Options(contexts=(3, 10), batch=2)
+    config = models.preset("gla-tiny", num_layers=1, dim=16, mlp_dim=8)
+    model = models.LanguageModel(config, rngs=nnx.Rngs(0))
+    states = decode.states_by_reading(model, options)
+    tokens = np.random.default_rng(0).integers(1, config.vocab_size, (2, 10))
+    for context in (3, 10):
+        expected = model(jnp.asarray(tokens[:, :context]))[1]
+        assert measure.relative_error(states[context], expected) < 1e-4
+
+
+def test_a_filled_cache_is_attended_to():
+    config = decode.with_context(models.preset("transformer-tiny", num_layers=1, dim=16, mlp_dim=8), 12)
+    model = models.LanguageModel(config, rngs=nnx.Rngs(0))
+    state = decode.filled(model.initial_state(1), 9)
+    token = jnp.ones((1, 1), jnp.int32)
+    output, after = model(token, state)
+    assert measure.relative_error(output, model(token)[0]) > 1e-3
+    (attention,) = after.groups
+    assert attention.position.tolist() == [[10]]
+    assert attention.key_position[0, 0].tolist() == [*range(10), -1, -1]
+
+
+def test_loader_compares_with_the_model(tmp_path, corpus):
+    code, result = bench(
+        tmp_path,
+        *("loader", "--data", corpus, "--preset", "transformer-tiny", "--vocab-size", "320"),
+        *("--batch-size", "8", "--window", "16", "--batches", "5", "--steps", "1", "--repeats", "1"),
+    )
+    assert code == 0 and result is not None
+    check_envelope(result, "loader")
+    assert [row["loader"] for row in result["rows"]] == ["packed", "stream"]
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(row["loader tokens/s"] / row["model tokens/s"], rel=1e-3)
+
+
+def test_train_times_the_three_loops_and_compilation(tmp_path, corpus):
+    code, result = bench(
+        tmp_path,
+        *("train", "--data", corpus, "--presets", "transformer-tiny", "--batch-size", "8", "--window", "16"),
+        *("--steps", "2", "--repeats", "1", "--depths", "1", "2", "--compile-repeats", "1"),
+    )
+    assert code == 0 and result is not None
+    check_envelope(result, "train")
+    (row,) = result["rows"]
+    assert row["parameters"] == models.parameter_count(models.preset("transformer-tiny"))
+    assert row["trainer / bare"] == pytest.approx(row["trainer ms"] / row["bare ms"], rel=1e-3)
+    assert row["compile ratio"] == pytest.approx(row["compile 2 layers s"] / row["compile 1 layers s"], rel=1e-3)
+    assert [goal["goal"] for goal in result["goals"]] == ["<= 1.03", "<= 1.5"]
+
+
+def test_train_refuses_loops_that_differ(tmp_path, corpus, monkeypatch, capsys):
+    right = train_suite.compiled_step
+    monkeypatch.setattr(train_suite, "compiled_step", lambda *arguments: lambda: right(*arguments)() + 1.0)
+    code, result = bench(
+        tmp_path,
+        *("train", "--data", corpus, "--presets", "transformer-tiny", "--batch-size", "8", "--window", "16"),
+        *("--steps", "2", "--repeats", "1", "--compile-repeats", "0"),
+    )
+    assert code == 1 and result is None
+    assert "first loss" in capsys.readouterr().err
+
+
+def test_strict_turns_a_missed_goal_into_an_exit_code(tmp_path, monkeypatch):
+    report = Report("ops", "title", [{"op": "a"}], [Goal("speed-up", 1.0, 10.0, at_least=True)])
+    monkeypatch.setattr("seqjax.cli.bench.ops.run", lambda options, console: report)
+    assert bench(tmp_path, "ops")[0] == 0
+    code, result = bench(tmp_path, "ops", "--strict")
+    assert code == 1 and result is not None and not result["goals"][0]["passed"]
+
+
+def test_an_unknown_preset_is_named_with_the_known_ones(capsys):
+    for suite, flag in (("decode", "--presets"), ("train", "--presets"), ("loader", "--preset")):
+        assert main(["bench", suite, flag, "gla-huge"]) == 2
+        error = capsys.readouterr().err
+        assert "gla-huge" in error and "gla-tiny" in error
+
+
+def test_transformers_without_torch_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "seqjax.cli.bench.peer", raising=False)
+    assert main(["bench", "transformers"]) == 2
+    error = capsys.readouterr().err
+    assert "torch is not installed" in error and "pip install 'seqjax[parity]'" in error
+
+
+def test_the_readme_of_the_benchmarks_is_made_from_the_files(tmp_path):
+    root = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "benchmarks"
+    spec = importlib.util.spec_from_file_location("benchmarks_table", root / "table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (root / "README.md").read_text() == module.readme(root), "run python experiments/benchmarks/table.py"
+
+    code, _ = bench(tmp_path, "ops", *TINY_OPS, "--filter", "causal_convolution")
+    assert code == 0
+    text = module.readme(tmp_path)
+    assert "## folder" in text and "| causal_convolution |" in text and "commit" in text

@@ -8,9 +8,11 @@
 | ``loader`` | tokens per second of the data loader against what the quickstart model consumes | >= 20x |
 | ``transformers`` | training and decoding against Hugging Face transformers with the same dimensions | >= 2x |
 
-Ratios are taken inside one process with the candidates interleaved, so a busy machine slows both sides alike.
+Ratios are taken inside one process with the candidates interleaved, so that drift of the machine cancels; a result file holds the
+load average before the run.
 """
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
@@ -23,6 +25,9 @@ SUITES = {
     "loader": ("seqjax.cli.bench.loader", "tokens per second of the loader against what a model consumes"),
     "transformers": ("seqjax.cli.bench.transformers", "training and decoding against Hugging Face transformers"),
 }
+
+# Load average above which a reader is warned.
+BUSY = 0.5
 
 
 def usage() -> str:
@@ -48,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     import tyro
     from rich.console import Console
 
-    from seqjax.cli.bench.report import CheckFailed, show, write
+    from seqjax.cli.bench.report import CheckFailed, load, show, write
 
     module = importlib.import_module(SUITES[name][0])
     options = tyro.cli(module.Options, prog=f"seqjax bench {name}", args=rest)
@@ -56,8 +61,14 @@ def main(argv: Sequence[str]) -> int:
     if not console.is_terminal:
         # A pipe has no width of its own; 80 columns would fold the tables.
         console = Console(width=160)
+    before = load()
+    if before is not None and before > BUSY:
+        console.print(
+            f"note: load average {before:.1f}: other processes are running. Absolute times will be too long, and ratios to "
+            "other libraries unfair, since thread pools suffer differently."
+        )
     try:
-        report = module.run(options, console)
+        report = dataclasses.replace(module.run(options, console), load=before)
     except CheckFailed as error:
         print(f"seqjax bench {name}: refused to publish: {error}", file=sys.stderr)
         return 1

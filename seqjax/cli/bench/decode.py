@@ -56,8 +56,8 @@ class Options(Common):
     """Type of the computation."""
 
     def __post_init__(self) -> None:
-        if not self.contexts or min(self.contexts) < 1:
-            raise UserError(f"--contexts {self.contexts}: expected positive lengths")
+        if not self.contexts or min(self.contexts) < 1 or len(set(self.contexts)) < len(self.contexts):
+            raise UserError(f"--contexts {self.contexts}: expected distinct positive lengths")
         for name in ("batch", "block", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: expected at least 1")
@@ -65,18 +65,16 @@ class Options(Common):
             raise UserError(f"--new-tokens {self.new_tokens}: expected at least three blocks of {self.block}")
 
 
-class Start:
-    """Holds the state from which the next generation starts; compares by identity, so swapping the state recompiles nothing."""
-
-    state: Any = None
-
-
 class Primed(nnx.Module):
-    """A language model whose initial state is the one in ``start``: generation continues from there."""
+    """A language model whose initial state is a given one: generation continues from there.
 
-    def __init__(self, model: models.LanguageModel, start: Start) -> None:
+    The state is data like the parameters, so another state of the same shapes recompiles nothing.
+    """
+
+    def __init__(self, model: models.LanguageModel, state: Any) -> None:
         self.model = model
-        self.start = start
+        leaves, self.treedef = jax.tree.flatten(state)
+        self.leaves = nnx.List(nnx.Variable(leaf) for leaf in leaves)
 
     def __call__(self, tokens: Any, state: Any = None, *, segment_ids: Any = None) -> tuple[Any, Any]:
         """As the model."""
@@ -91,8 +89,8 @@ class Primed(nnx.Module):
         return self.model.logits(hidden)
 
     def initial_state(self, batch_size: int) -> Any:
-        """The state put into ``start``."""
-        return self.start.state
+        """The given state."""
+        return jax.tree.unflatten(self.treedef, [leaf[...] for leaf in self.leaves])
 
 
 def seconds_per_token(model: sample.CausalModel, options: Options, vocab_size: int) -> float:
@@ -153,15 +151,13 @@ def filled(state: Any, tokens: int) -> Any:
     return jax.tree.map(fill, state, is_leaf=lambda part: isinstance(part, AttentionState))
 
 
-def states_by_reading(model: models.LanguageModel, start: Start, options: Options, vocab_size: int) -> dict[int, Any]:
+def states_by_reading(model: models.LanguageModel, options: Options) -> dict[int, Any]:
     """State after each context, one read through from the first token to the last."""
-    primed = Primed(model, start)
-    tokens = np.random.default_rng(0).integers(1, vocab_size, (options.batch, max(options.contexts)))
-    start.state, states, position = model.initial_state(options.batch), {}, 0
+    tokens = np.random.default_rng(0).integers(1, model.config.vocab_size, (options.batch, max(options.contexts)))
+    state, states, position = model.initial_state(options.batch), {}, 0
     for context in sorted(options.contexts):
-        if context > position:
-            _, start.state = sample.prefill(primed, tokens[:, position:context].tolist())
-        states[context], position = start.state, context
+        _, state = sample.prefill(Primed(model, state), tokens[:, position:context].tolist())
+        states[context], position = state, context
     return states
 
 
@@ -175,22 +171,22 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], Goal | None]:
     if grows:
         for context in contexts:
             sized = with_context(config, context + options.new_tokens + 1)
-            start, model = Start(), models.LanguageModel(sized, rngs=nnx.Rngs(0))
-            start.state = filled(model.initial_state(options.batch), context)
-            bytes_by_context[context] = state_bytes(start.state)
-            primed = Primed(model, start)
+            model = models.LanguageModel(sized, rngs=nnx.Rngs(0))
+            state = filled(model.initial_state(options.batch), context)
+            bytes_by_context[context] = state_bytes(state)
+            primed = Primed(model, state)
             seconds_per_token(primed, options, config.vocab_size)
             times[context] = [seconds_per_token(primed, options, config.vocab_size) for _ in range(options.repeats)]
     else:
-        start, model = Start(), models.LanguageModel(config, rngs=nnx.Rngs(0))
-        states = states_by_reading(model, start, options, config.vocab_size)
-        primed = Primed(model, start)
-        for round_ in range(options.repeats + 1):
-            for context, start.state in states.items():
-                seconds = seconds_per_token(primed, options, config.vocab_size)
-                # The first round compiles.
-                times[context] += [seconds] if round_ else []
+        model = models.LanguageModel(config, rngs=nnx.Rngs(0))
+        states = states_by_reading(model, options)
         bytes_by_context = {context: state_bytes(state) for context, state in states.items()}
+        primed_models = {context: Primed(model, state) for context, state in states.items()}
+        for turn in range(options.repeats + 1):
+            for context, primed in primed_models.items():
+                seconds = seconds_per_token(primed, options, config.vocab_size)
+                # The first turn compiles.
+                times[context] += [seconds] if turn else []
     first, last = contexts[0], contexts[-1]
     ratio = median_ratio(times[last], times[first])
     row: dict[str, Any] = {"preset": name, "parameters": models.parameter_count(config)}

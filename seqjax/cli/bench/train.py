@@ -11,6 +11,7 @@ Three loops take turns on the same model and batch size:
 
 import dataclasses
 import functools
+import math
 import pathlib
 import tempfile
 import time
