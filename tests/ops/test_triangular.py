@@ -21,17 +21,20 @@ def test_it_inverts_every_size(size):
 
 @pytest.mark.parametrize("beta", [1.0, 1.99])
 def test_float32_suffices_for_keys_that_repeat_and_beta_up_to_two(beta):
-    """All keys alike: A is beta below the diagonal, its powers reach 1e19 for 64 rows, its inverse stays below 2."""
+    """All keys alike: A is beta below the diagonal, its powers exceed 1e17, its inverse stays below 2."""
     strict = np.tril(np.full((64, 64), np.float32(beta)), -1)
     exact = np.linalg.inv(strict.astype(np.float64) + np.eye(64))
     assert np.abs(exact).max() < 2
-    np.testing.assert_allclose(inverse(jnp.asarray(strict)), exact, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(inverse(jnp.asarray(strict)), exact, rtol=0, atol=4e-5)
+
+
+def dense(strict):
+    return jnp.linalg.inv(jnp.tril(strict, -1) + jnp.eye(strict.shape[-1]))
 
 
 def test_its_derivatives_are_those_of_the_inverse_and_ignore_the_upper_triangle():
     with jax.enable_x64(True):
         matrix, weight, change = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 20, 20)) / 4)
-        dense = lambda m: jnp.linalg.inv(jnp.tril(m, -1) + jnp.eye(20))
         actual, expected = (jax.grad(lambda m, f=f: jnp.sum(f(m) * weight))(matrix) for f in (inverse, dense))
         np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
         assert not np.any(np.triu(actual))
