@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,5 +128,6 @@ def test_a_single_token_takes_one_step_without_a_loop():
 )
 def test_wrong_arguments_are_named(change, message):
     arguments = {"query": (2, 8, 2, 4), "key": (2, 8, 2, 4), "value": (2, 8, 2, 3), "beta": (2, 8, 2)} | change
+    arrays: dict[str, Any] = {n: jnp.zeros(a) for n, a in arguments.items()}
     with pytest.raises(ValueError, match="delta_rule: .*" + message):
-        delta_rule(**{n: jnp.zeros(a) for n, a in arguments.items()})
+        delta_rule(**arrays)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,5 +142,6 @@ def test_bfloat16_matmuls_accumulate_in_float32():
 )
 def test_wrong_arguments_are_named(change, message):
     arguments = {"query": (2, 8, 2, 4), "key": (2, 8, 2, 4), "value": (2, 8, 2, 3)} | change
+    arrays: dict[str, Any] = {n: jnp.zeros(a) if isinstance(a, tuple) else a for n, a in arguments.items()}
     with pytest.raises(ValueError, match="linear_attention: " + message if message != "T=0" else message):
-        linear_attention(**{n: jnp.zeros(a) if isinstance(a, tuple) else a for n, a in arguments.items()})
+        linear_attention(**arrays)
