@@ -14,8 +14,8 @@ def corpus(tmp_path_factory):
     for split in ("train", "validation"):
         (folder / split).mkdir()
         (folder / split / "a.txt").write_text(f"the {split} text of a small corpus. " * 40)
-    paths = {split: (str(folder / split),) for split in ("train", "validation")}
-    prepare(PrepareConfig("text", out=str(folder / "corpus"), workers=1, **paths))
+    train, validation = (str(folder / "train"),), (str(folder / "validation"),)
+    prepare(PrepareConfig("text", out=str(folder / "corpus"), workers=1, train=train, validation=validation))
     return str(folder / "corpus")
 
 

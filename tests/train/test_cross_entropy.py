@@ -93,7 +93,9 @@ def test_memory_does_not_hold_the_logits():
 
     def temporary(function):
         gradient = jax.jit(jax.grad(lambda *a: function(*a)[0], argnums=(0, 1)))
-        return gradient.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        memory = gradient.lower(*arguments).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     assert temporary(plain) > logits_bytes
     assert temporary(lambda *a: chunked_cross_entropy(*a, chunk_size=chunk)) < logits_bytes / 5
