@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def equations(jaxpr):
     """All equations of a jaxpr and of those inside it."""
     for equation in jaxpr.eqns:
         yield equation
-        for sub in jax.core.jaxprs_in_params(equation.params):
+        for sub in jax.extend.core.jaxprs_in_params(equation.params):
             yield from equations(getattr(sub, "jaxpr", sub))
 
 
