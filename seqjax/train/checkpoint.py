@@ -222,7 +222,9 @@ def quiet_failures() -> Generator[None]:
 def _is_news(record: logging.LogRecord) -> bool:
     """False for the other files of a failed write, which asyncio reports when it collects their futures."""
     error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, OSError) and record.getMessage().startswith("Future exception was never retrieved"))
+    # Only write failures: the same words about another error are worth reading.
+    written = isinstance(error, OSError) or (isinstance(error, ValueError) and "Error writing" in str(error))
+    return not (written and "exception was never retrieved" in record.getMessage())
 
 
 def describe_differences(

@@ -3,7 +3,7 @@ import math
 import os
 import struct
 
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
 from tensorboardX.record_writer import masked_crc32c
 
 from seqjax.train.metrics import MetricsLog, draw_losses, read_metrics
@@ -52,7 +52,8 @@ def test_the_loss_curve_is_a_picture(tmp_path):
     metrics.write(1, {"loss": 2.0})
     metrics.write(2, {"loss": math.nan})
     metrics.write(2, {"validation_loss": 1.5})
-    assert draw_losses(tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert draw_losses(tmp_path) == tmp_path / "loss.png"
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tensorboard_reads_the_events(tmp_path):

@@ -113,7 +113,7 @@ def test_after_a_full_disk(tmp_path, uninterrupted, train_process):
     assert "Checkpoints kept: 5" in result.stdout
     assert f"checkpoint of step {STEPS} could not be written: the disk is full" in result.stderr, output
     assert "Checkpoints kept: 5, 15" in result.stderr
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     run = tmp_path / "disk-after" / "run"
     assert checkpoints(run) == [5, 15]
     assert not list((run / "checkpoints").glob("*orbax-checkpoint-tmp*")), "failed writes must not keep the disk full"

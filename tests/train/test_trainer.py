@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def config(tiny_config):
 
 
 def trainer(config, run, rows, **options):
-    defaults = {"task": SquaredError(), "build": lambda: Regression(rngs=nnx.Rngs(0)), "quiet": True}
+    defaults: dict[str, Any] = {"task": SquaredError(), "build": lambda: Regression(rngs=nnx.Rngs(0)), "quiet": True}
     return Trainer(config, run, batches=rows, **defaults | options)
 
 
