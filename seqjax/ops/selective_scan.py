@@ -6,10 +6,10 @@ r"""Selective scan: the diagonal state-space recurrence of Mamba.
 per channel d and state n: :math:`h_{dn}`, with :math:`A` fixed and :math:`\Delta, B, C` functions of the token (arXiv:2312.00752,
 algorithm 2, with the Euler rule for B that its code uses). The skip ``D x`` and the gate belong to the layer.
 
-Forms: ``"reference"`` is one step per token, differentiated by JAX. ``"xla"`` takes the same steps and keeps the inputs and the
-state before each chunk; its backward recomputes one chunk at a time, so no state per token ever exists for more than a chunk.
-Decays are recomputed too: an exponential costs less than the memory traffic of ``[B, T, D, N]``. For the same reason the steps
-stay sequential: on CPU, associative and two-pass chunked scans were slower, as each writes decays and states out.
+Forms: ``"reference"`` is one step per token, differentiated by JAX. ``"xla"`` keeps the inputs and the state before each chunk; its
+backward recomputes one chunk at a time, so no state per token ever exists for more than a chunk. Inside a chunk decays and writes
+are computed at once (the exponential does not vectorise inside the loop) and the steps, a product and a sum each, are
+sequential: on CPU, associative and two-pass chunked scans were slower.
 """
 
 import functools
@@ -168,24 +168,31 @@ def _widen(tokens: Any, dtype: jnp.dtype) -> Any:
 
 
 def _decay(delta: Array, rates: Array, start: Array | None) -> Array:
-    """exp(delta A) of some tokens, 0 at resets: [..., D] -> [..., N, D]. Cheaper to repeat than to keep."""
+    """exp(delta A) of some tokens, 0 at resets: [..., D] -> [..., N, D]."""
     decay = jnp.exp(delta[..., None, :] * rates)
     return decay if start is None else jnp.where(start[..., None, None], 0, decay)
 
 
-def _step(h: Array, rates: Array, x: Array, delta: Array, B: Array, start: Array | None) -> Array:
-    return _decay(delta, rates, start) * h + (delta * x)[:, None, :] * B[:, :, None]
+def _decays_and_writes(tokens, rates: Array) -> tuple[Array, Array]:
+    """exp(delta A) and (delta x) B of a chunk [C, B, N, D]: outside the loop over tokens, where they vectorise."""
+    x, delta, B, _, start = tokens
+    return _decay(delta, rates, start), (delta * x)[:, :, None, :] * B[..., None]
+
+
+# Sums over states or channels are full float32 products, also where matmuls round their operands by default.
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _scan_forward(chunk, x, delta, rates, B, C, start, state):
     def one_chunk(h, tokens):
-        def token(h, inputs):
-            x_t, delta_t, B_t, C_t, start_t = inputs
-            h = _step(h, rates, x_t, delta_t, B_t, start_t)
-            return h, jnp.sum(h * C_t[:, :, None], axis=1)
+        def step(h, token):
+            decay, write = token
+            h = decay * h + write
+            return h, h
 
-        after, y = jax.lax.scan(token, h, _widen(tokens, h.dtype))
-        return after, (h, y)
+        tokens = _widen(tokens, h.dtype)
+        last, states = jax.lax.scan(step, h, _decays_and_writes(tokens, rates))
+        return last, (h, _einsum("cbnd,cbn->cbd", states, tokens[3]))
 
     tokens = jax.tree.map(lambda array: _split(array, chunk), (x, delta, B, C, start))
     last, (chunk_start, y) = jax.lax.scan(one_chunk, state, tokens)
@@ -204,29 +211,32 @@ def _scan_backward(chunk, residuals, cotangents):
     def one_chunk(carry, inputs):
         mu, d_rates = carry
         h, tokens = inputs
-        x_c, delta_c, B_c, C_c, start_c, d_y_c = tokens = _widen(tokens, h.dtype)
+        *tokens, d_y_c = _widen(tokens, h.dtype)
+        x_c, delta_c, B_c, C_c, _ = tokens
+        decay, write = _decays_and_writes(tokens, rates)
 
         def forward(h, token):
-            return _step(h, rates, *token), h
+            decay_t, write_t = token
+            return decay_t * h + write_t, h
 
-        last, before = jax.lax.scan(forward, h, (x_c, delta_c, B_c, start_c))  # before: [C, B, N, D]
+        last, before = jax.lax.scan(forward, h, (decay, write))  # before: [C, B, N, D]
         after = jnp.concatenate([before[1:], last[None]])
 
         def backward(mu, token):
-            delta_t, C_t, start_t, d_y_t = token
-            lam = mu + C_t[:, :, None] * d_y_t[:, None, :]
-            return _decay(delta_t, rates, start_t) * lam, lam
+            decay_t, read_t = token
+            lam = mu + read_t
+            return decay_t * lam, lam
 
-        mu, lam = jax.lax.scan(backward, mu, (delta_c, C_c, start_c, d_y_c), reverse=True)
-        d_log_decay = lam * _decay(delta_c, rates, start_c) * before
-        written = jnp.sum(lam * B_c[..., None], axis=2)  # [C, B, D]
+        mu, lam = jax.lax.scan(backward, mu, (decay, C_c[..., None] * d_y_c[:, :, None, :]), reverse=True)
+        d_log_decay = lam * decay * before
+        written = _einsum("cbnd,cbn->cbd", lam, B_c)
         d_tokens = (
             delta_c * written,
-            jnp.sum(d_log_decay * rates, axis=2) + x_c * written,
-            jnp.einsum("cbnd,cbd->cbn", lam, delta_c * x_c),
-            jnp.einsum("cbnd,cbd->cbn", after, d_y_c),
+            _einsum("cbnd,nd->cbd", d_log_decay, rates) + x_c * written,
+            _einsum("cbnd,cbd->cbn", lam, delta_c * x_c),
+            _einsum("cbnd,cbd->cbn", after, d_y_c),
         )
-        return (mu, d_rates + jnp.sum(delta_c[:, :, None] * d_log_decay, axis=(0, 1))), d_tokens
+        return (mu, d_rates + _einsum("cbd,cbnd->nd", delta_c, d_log_decay)), d_tokens
 
     tokens = jax.tree.map(lambda array: _split(array, chunk), (x, delta, B, C, start, d_y))
     carry = (d_state, jnp.zeros_like(rates))
