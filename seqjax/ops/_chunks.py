@@ -34,9 +34,8 @@ GROUP_TOKENS = 256
 """Tokens whose intermediates live at once (see ``scan_chunks``): on a CPU, 1024 took up to twice the memory and a third more time."""
 
 _TILE = 16  # tokens between which a decay per channel goes through dyadic levels
-_FLOOR = (
-    -1000.0
-)  # exp() of it is 0 in float32 and float64; it stands in for -inf, which times a 0 of a mask would be NaN
+# exp(-1000) is 0 in float32 and float64: it stands in for -inf, which times a 0 of a mask would be NaN.
+_FLOOR = -1000.0
 
 
 def state_dtype(*arrays: Array) -> jnp.dtype:
