@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from seqjax.layers import MIXERS, Block, Embedding, Linear, RMSNorm
@@ -63,7 +64,22 @@ class _Group(nnx.Module):
 
 
 def _run_block(block, x, state, segment_ids):
-    return block(x, state, segment_ids=segment_ids)
+    y, state = block(_shard(x), state, segment_ids=segment_ids)
+    return _shard(y), state
+
+
+def _shard(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Pin activations to rows over (data, fsdp) and time over context, if a mesh with these axes is set and divides them.
+
+    Left to itself, the partitioner follows the parameters: under fsdp it gathers whole batches of activations, not weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not {"data", "fsdp", "context"} <= set(mesh.axis_names):
+        return x
+    sizes = mesh.shape
+    if x.shape[0] % (sizes["data"] * sizes["fsdp"]) or x.shape[1] % sizes["context"]:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), "context"))
 
 
 class LanguageModel(nnx.Module):
@@ -134,7 +150,7 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LanguageModelState]:
         """Normalised output of the last block, in the compute type, and the state; arguments as in calling the model."""
         config = self.config
-        x = self.embedding(tokens).astype(jnp.float32)
+        x = _shard(self.embedding(tokens).astype(jnp.float32))
         if config.embedding_scale:
             x = x * config.dim**0.5
 
