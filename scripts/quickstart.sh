@@ -9,7 +9,7 @@ source scripts/_environment.sh
 
 CORPUS=${CORPUS:-corpora/stdlib-bpe}
 RUN=${RUN:-runs/quickstart}
-STEPS=${STEPS:-600}
+STEPS=${STEPS:-1500}
 
 step() { printf '\n== %s (%d s since start)\n' "$1" "$SECONDS"; }
 
@@ -17,7 +17,7 @@ step "prepare the corpus"
 seqjax prepare stdlib --out "$CORPUS" --train-bpe 4096
 
 step "train"
-seqjax train hybrid-tiny --data "$CORPUS" --run "$RUN" --steps "$STEPS" --resume auto
+seqjax train hybrid-tiny --data "$CORPUS" --run "$RUN" --steps "$STEPS" --batch-size 4 --window 256 --learning-rate 4e-3 --resume auto
 
 step "evaluate on held-out files"
 seqjax evaluate "$RUN" --data "$CORPUS" --split test --compare-compressors
