@@ -2,7 +2,7 @@
 #   PYTHON  the interpreter to build it with   (default: the newest of python3.13, 3.12, 3.11, python3 that is >= 3.11)
 #   VENV    where it lives                     (default: .venv)
 #   EXTRAS  what to install, e.g. "test,parity" (default: none)
-# The environment is reused as it is while pyproject.toml, the interpreter and the extras stay the same.
+# The environment is reused while pyproject.toml and the interpreter stay the same.
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$repository/.venv}
@@ -19,13 +19,21 @@ else
     [ -n "${PYTHON:-}" ] || { echo "No Python >= 3.11 with venv found; set PYTHON=/path/to/python" >&2; exit 1; }
 fi
 
-stamp="$("$PYTHON" -VV) extras=[$EXTRAS] $(cksum < "$repository/pyproject.toml")"
-if [ ! -x "$VENV/bin/python" ] || [ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$stamp" ]; then
+# Lines of the stamp: what the environment is made from, then the extras it has. An extra that is missing is added.
+made_from="$("$PYTHON" -VV) $(cksum < "$repository/pyproject.toml")"
+if [ ! -x "$VENV/bin/python" ] || [ "$(head -n 1 "$VENV/.stamp" 2>/dev/null)" != "$made_from" ]; then
     echo "== environment: $VENV ($("$PYTHON" -V), extras: ${EXTRAS:-none})"
     rm -rf "$VENV"
     "$PYTHON" -m venv "$VENV"
     "$VENV/bin/python" -m pip install --quiet --upgrade pip
     "$VENV/bin/python" -m pip install --quiet --editable "$repository${EXTRAS:+[$EXTRAS]}"
-    echo "$stamp" > "$VENV/.stamp"
+    printf '%s\n' "$made_from" ${EXTRAS//,/ } > "$VENV/.stamp"
 fi
+for extra in ${EXTRAS//,/ }; do
+    if ! tail -n +2 "$VENV/.stamp" | grep -qx "$extra"; then
+        echo "== environment: adding the extra $extra"
+        "$VENV/bin/python" -m pip install --quiet --editable "$repository[$extra]"
+        echo "$extra" >> "$VENV/.stamp"
+    fi
+done
 export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
