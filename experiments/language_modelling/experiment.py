@@ -41,7 +41,7 @@ class Scale:
     grid_steps: dict[str, int]  # corpus -> steps of each run of the grid
     learning_rates: tuple[float, ...]
     grid_tokens: int | None  # of the validation split, that the grid is judged by
-    evaluation_tokens: int | None  # of the validation and test splits in the final scores; None for all of them
+    evaluation_tokens: dict[str, int | None]  # corpus -> of validation and of test in the final scores; None for all
     speed_steps: int
     dtype: str = "float32"
 
@@ -57,20 +57,20 @@ SCALES = {
         dict.fromkeys(CORPORA, 3),
         (3e-3,),
         2000,
-        2000,
+        dict.fromkeys(CORPORA, 2000),
         3,
     ),
     "small": Scale(
-        "about an hour on 2 CPU cores",
+        "about half an hour on 2 CPU cores",
         "tiny",
         4096,
         256,
         4,
-        {"pg19": 800, "wikitext103": 250},
-        {"pg19": 150, "wikitext103": 60},
-        (2e-3, 6e-3, 1.5e-2),
+        {"pg19": 600, "wikitext103": 200},
+        {"pg19": 100, "wikitext103": 50},
+        (3e-3, 1e-2),
         100_000,
-        400_000,
+        {"pg19": 250_000, "wikitext103": None},
         12,
     ),
     "full": Scale(
@@ -83,7 +83,7 @@ SCALES = {
         {"pg19": 300, "wikitext103": 40},
         (5e-4, 1e-3, 2e-3),
         None,
-        None,
+        dict.fromkeys(CORPORA),
         20,
         "bfloat16",
     ),
@@ -202,7 +202,7 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
             max_tokens=max_tokens,
         )
 
-    limit = scale.grid_tokens if request["kind"] == "grid" else scale.evaluation_tokens
+    limit = scale.grid_tokens if request["kind"] == "grid" else scale.evaluation_tokens[request["corpus"]]
     result["validation"] = score("validation", "carry", limit).to_dict()
     if request["kind"] == "final":
         scores = {state: score("test", state, limit) for state in ("carry", "reset")}
