@@ -170,7 +170,7 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
     import time
 
     from seqjax.data import Corpus
-    from seqjax.evaluate import perplexity
+    from seqjax.evaluate import head, perplexity
     from seqjax.evaluate.plots import plot_loss_by_position
     from seqjax.models import parameter_count
     from seqjax.train import Trainer, load_run
@@ -192,13 +192,15 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
     _, model, _ = load_run(run)
 
     def score(split: str, state: str, max_tokens: int | None):
-        rows = max(1, min(scale.batch_size, Corpus.open(str(path), split).num_documents))
+        corpus = Corpus.open(str(path), split)
+        # A row reads whole documents: more rows than documents in the part to be scored would idle.
+        rows = max(1, min(8, head(corpus, max_tokens).num_documents))
         return perplexity(
             model,
-            Corpus.open(str(path), split),
+            corpus,
             state=state,
             window=scale.window,
-            batch_size=rows,
+            batch_size=rows if state == "carry" else 8,
             max_tokens=max_tokens,
         )
 
