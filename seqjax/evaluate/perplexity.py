@@ -191,7 +191,8 @@ class _Buckets:
         for i in np.flatnonzero(self._count):
             count, mean = int(self._count[i]), float(self._sum[i] / self._count[i])
             variance = max(float(self._squares[i]) / count - mean**2, 0.0)
-            rows.append(PositionBucket(int(EDGES[i]), int(EDGES[i + 1]), count, mean, math.sqrt(variance / count)))
+            start, stop = (int(edge) for edge in EDGES[i : i + 2])
+            rows.append(PositionBucket(start, stop, count, mean, math.sqrt(variance / count)))
         return tuple(rows)
 
 

@@ -185,8 +185,9 @@ def _checked(prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
             raise ValueError(
                 f"`prompts[{index}]` has no tokens; start it with the tokenizer's end-of-text or begin token"
             )
-        if row.min() < 0:
-            raise ValueError(f"`prompts[{index}]` contains the token id {row.min()}; expected ids >= 0")
+        smallest = int(np.min(row))
+        if smallest < 0:
+            raise ValueError(f"`prompts[{index}]` contains the token id {smallest}; expected ids >= 0")
     return rows
 
 

@@ -216,9 +216,8 @@ def measure(kind: str, options: Options, peer: Any) -> tuple[list[dict[str, Any]
         if work == "decode":
             row["equal tokens"] = agreement
         rows.append(row)
-    best = median_ratio(
-        np.min([samples for name, samples in training.items() if name != "seqjax"], axis=0), training["seqjax"]
-    )
+    peers = [samples for name, samples in training.items() if name != "seqjax"]
+    best = median_ratio([min(round_) for round_ in zip(*peers)], training["seqjax"])
     goals = [
         Goal(f"{kind}: training tokens/s over the peer's", best, 2.0, at_least=True),
         Goal(f"{kind}: decoding tokens/s over the peer's", rows[1]["ratio"], 2.0, at_least=True),
