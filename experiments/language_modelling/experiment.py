@@ -2,8 +2,12 @@
 
 Data: a PG-19-shaped shelf of 60 novels, read as contiguous streams with carried state; WikiText-103 (the head of its train
 split, the official validation and test), read as packed windows. Both with a BPE of 4096 trained on the train split (`small`) or
-the GPT-2 tokenizer (`full`). Every architecture is trained at every learning rate of one grid for a shortened budget, then at its
-best one for the whole budget. `loss by position` compares the same trained model with carried and with reset state.
+the GPT-2 tokenizer (`full`). Every architecture is trained for a shortened budget at the learning rates of one grid, which goes on
+by factors of about 3 while the best one is at its end, then at its best one for the whole budget.
+
+`loss by position`: the trained model reads the test split in stretches of 16 training windows, each from an empty state, so every
+distance from that start is averaged over the whole split. If the model uses what it read before the training window, the loss falls on
+past it; with the state reset at every training window it cannot.
 
 Options (``--option KEY=VALUE``): ``data`` folder with ``pg19-mini`` and ``wikitext-103`` (default: $SEQJAX_SHARED_DATA, else
 ``../shared/data`` beside the checkout); ``workers`` training runs at a time, each on its share of the cores (default: 2 on a CPU
@@ -13,6 +17,7 @@ that has them); ``corpora`` and ``models``, comma-separated, to run a part.
 import concurrent.futures
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import queue
@@ -26,6 +31,7 @@ CLAIM = (
 )
 MODELS = ("transformer", "mamba2", "gated-deltanet", "griffin", "hybrid")
 CORPORA = ("pg19", "wikitext103")
+STRETCH = 16  # training windows that a state is carried for in `loss by position`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +45,11 @@ class Scale:
     batch_size: int
     steps: dict[str, int]  # corpus -> steps of the final runs
     grid_steps: dict[str, int]  # corpus -> steps of each run of the grid
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float, ...]  # the grid before it is extended
+    extensions: int  # most rates added to it per model
     grid_tokens: int | None  # of the validation split, that the grid is judged by
-    evaluation_tokens: dict[str, int | None]  # corpus -> of validation and of test in the final scores; None for all
+    validation_tokens: int | None  # in the final scores; None for all
+    test_tokens: int | None
     speed_steps: int
     dtype: str = "float32"
 
@@ -56,22 +64,26 @@ SCALES = {
         dict.fromkeys(CORPORA, 6),
         dict.fromkeys(CORPORA, 3),
         (3e-3,),
+        0,
         2000,
-        dict.fromkeys(CORPORA, 2000),
+        2000,
+        4000,
         3,
     ),
     "small": Scale(
-        "about half an hour on 2 CPU cores",
+        "about an hour and a quarter on 2 CPU cores",
         "tiny",
         4096,
-        256,
-        4,
-        {"pg19": 600, "wikitext103": 200},
-        {"pg19": 100, "wikitext103": 50},
+        128,
+        8,
+        {"pg19": 2000, "wikitext103": 1000},
+        {"pg19": 150, "wikitext103": 100},
         (3e-3, 1e-2),
-        100_000,
-        {"pg19": 250_000, "wikitext103": None},
-        12,
+        2,
+        50_000,
+        400_000,
+        None,
+        20,
     ),
     "full": Scale(
         "about 5 minutes per run on an H200",
@@ -82,8 +94,10 @@ SCALES = {
         {"pg19": 1500, "wikitext103": 100},
         {"pg19": 300, "wikitext103": 40},
         (5e-4, 1e-3, 2e-3),
+        2,
         None,
-        dict.fromkeys(CORPORA),
+        None,
+        None,
         20,
         "bfloat16",
     ),
@@ -171,7 +185,6 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
 
     from seqjax.data import Corpus
     from seqjax.evaluate import head, perplexity
-    from seqjax.evaluate.plots import plot_loss_by_position
     from seqjax.models import parameter_count
     from seqjax.train import Trainer, load_run
 
@@ -179,7 +192,12 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
     path, run = pathlib.Path(request["corpus_path"]), pathlib.Path(request["run"])
     config = train_config(scale, request["model"], request["corpus"], path, request["steps"], request["learning_rate"])
     start = time.perf_counter()
-    Trainer(config, run, resume="auto", quiet=True).run()
+    try:
+        Trainer(config, run, resume="auto", quiet=True).run()
+    except FloatingPointError as error:
+        if request["kind"] != "grid":
+            raise
+        return {"diverged": str(error)}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = {
         "parameters": parameter_count(config.model),
@@ -191,26 +209,23 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
         return result
     _, model, _ = load_run(run)
 
-    def score(split: str, state: str, max_tokens: int | None):
+    def carried(split: str, max_tokens: int | None):
         corpus = Corpus.open(str(path), split)
-        # A row reads whole documents: more rows than documents in the part to be scored would idle.
+        # A row reads whole documents: more rows than documents in the part to be scored would idle. The window is a matter of cost.
         rows = max(1, min(8, head(corpus, max_tokens).num_documents))
-        return perplexity(
-            model,
-            corpus,
-            state=state,
-            window=scale.window,
-            batch_size=rows if state == "carry" else 8,
-            max_tokens=max_tokens,
-        )
+        return perplexity(model, corpus, window=4 * scale.window, batch_size=rows, max_tokens=max_tokens)
 
-    limit = scale.grid_tokens if request["kind"] == "grid" else scale.evaluation_tokens[request["corpus"]]
-    result["validation"] = score("validation", "carry", limit).to_dict()
-    if request["kind"] == "final":
-        scores = {state: score("test", state, limit) for state in ("carry", "reset")}
-        result |= {f"test_{state}": value.to_dict() for state, value in scores.items()}
-        labels = {f"{request['model']}, {state} state": value for state, value in scores.items()}
-        plot_loss_by_position(labels, run / "loss-by-position.png", window=scale.window)
+    if request["kind"] == "grid":
+        return result | {"validation": carried("validation", scale.grid_tokens).to_dict()}
+    result["validation"] = carried("validation", scale.validation_tokens).to_dict()
+    result["test"] = carried("test", scale.test_tokens).to_dict()
+    test = Corpus.open(str(path), "test")
+    # From an empty state at the start of every window, of the training's length and of 16 times that.
+    for name, window, rows in (("reset", scale.window, 16), ("stretch", STRETCH * scale.window, 4)):
+        score = perplexity(
+            model, test, state="reset", window=window, batch_size=rows, max_tokens=scale.test_tokens
+        ).to_dict()
+        result[f"test_{name}"] = score
     return result
 
 
@@ -247,6 +262,8 @@ def run_jobs(requests: list[dict[str, Any]], directory: pathlib.Path, workers: i
 
 
 def describe(result: dict[str, Any]) -> str:
+    if "diverged" in result:
+        return f"diverged: {result['diverged']}"
     text = f"train loss {result['train_loss']:.3f}, {result['tokens_per_second']:,.0f} tokens/s"
     if "validation" in result:
         text += f", validation {result['validation']['bits_per_byte']:.4f} bits/byte"
@@ -279,14 +296,22 @@ def run(scale: str, directory: pathlib.Path, options: dict[str, str]) -> dict[st
     tables: dict[str, list[dict[str, Any]]] = {}
     curves: dict[str, Any] = {}
     for corpus in corpora:
-        grid = [
-            request("grid", model, corpus, sizes.grid_steps[corpus], rate)
-            for model in models
-            for rate in sizes.learning_rates
-        ]
-        outcomes = run_jobs(grid, directory, workers)
-        losses = {(r["model"], r["learning_rate"]): o["validation"]["nats_per_token"] for r, o in zip(grid, outcomes)}
-        best = {model: min(sizes.learning_rates, key=lambda rate: losses[model, rate]) for model in models}
+        rates = {model: set(sizes.learning_rates) for model in models}
+        losses: dict[str, dict[float, float]] = {model: {} for model in models}
+        for extension in range(sizes.extensions + 1):
+            grid = [
+                request("grid", model, corpus, sizes.grid_steps[corpus], rate)
+                for model in models
+                for rate in sorted(rates[model] - set(losses[model]))
+            ]
+            for trial, outcome in zip(grid, run_jobs(grid, directory, workers)):
+                diverged = "diverged" in outcome
+                loss = math.inf if diverged else outcome["validation"]["nats_per_token"]
+                losses[trial["model"]][trial["learning_rate"]] = loss
+            best = {model: min(losses[model], key=losses[model].__getitem__) for model in models}
+            if extension < sizes.extensions:
+                for model in models:
+                    rates[model] |= beyond(best[model], rates[model])
         finals = run_jobs(
             [request("final", model, corpus, sizes.steps[corpus], best[model]) for model in models], directory, workers
         )
@@ -303,75 +328,89 @@ def run(scale: str, directory: pathlib.Path, options: dict[str, str]) -> dict[st
                 "tokens/s": round(speed["tokens_per_second"]),
                 "valid ppl/word": round(final["validation"]["word_perplexity"], 2),
                 "valid bits/byte": round(final["validation"]["bits_per_byte"], 4),
-                "test ppl/word": round(final["test_carry"]["word_perplexity"], 2),
-                "test bits/byte": round(final["test_carry"]["bits_per_byte"], 4),
-                "test bits/byte, reset": round(final["test_reset"]["bits_per_byte"], 4),
+                "test ppl/word": round(final["test"]["word_perplexity"], 2),
+                "test bits/byte": round(final["test"]["bits_per_byte"], 4),
+                f"test bits/byte, reset every {sizes.window}": round(final["test_reset"]["bits_per_byte"], 4),
             }
             for model, final, speed in zip(models, finals, speeds)
         ]
+        tried = sorted(set().union(*losses.values()))
         tables[f"{corpus}: learning-rate grid, validation nats/token after {sizes.grid_steps[corpus]} steps"] = [
-            {"model": model, **{f"{rate:g}": round(losses[model, rate], 4) for rate in sizes.learning_rates}}
-            for model in models
+            {"model": model, **{f"{rate:g}": rounded(losses[model].get(rate)) for rate in tried}} for model in models
         ]
-        curves[corpus] = {
-            model: {state: final[f"test_{state}"]["by_position"] for state in ("carry", "reset")}
-            for model, final in zip(models, finals)
-        }
         if corpus == "pg19":
-            tables["pg19: test loss (nats/token) by position in the book, carried against reset state"] = position_rows(
-                curves[corpus], sizes.window
+            curves = {
+                model: {name: final[f"test_{name}"]["by_window_position"] for name in ("stretch", "reset")}
+                for model, final in zip(models, finals)
+            }
+            tables["pg19: test loss (nats/token) by training windows since the state was empty"] = position_rows(
+                curves, sizes.window
             )
-            plot(
-                curves[corpus],
-                sizes.window,
-                pathlib.Path(__file__).parent / "results" / f"{scale}-loss-by-position.png",
-            )
+            picture = pathlib.Path(__file__).parent / "results" / f"{scale}-loss-by-position.png"
+            plot(curves, sizes.window, picture)
     return {"tables": tables, "curves": curves, "workers": workers, "sizes": dataclasses.asdict(sizes)}
 
 
-def mean_loss(buckets: list[dict[str, Any]], low: int, high: int) -> float:
-    """Mean over the buckets that lie in [low, high)."""
+def beyond(best: float, rates: set[float]) -> set[float]:
+    """The next rate past the best one if that is at an end of the grid, about 3 times as small or as large"""
+    added = set()
+    if best == min(rates):
+        added.add(best / 3)
+    if best == max(rates):
+        added.add(best * 3)
+    return {float(f"{rate:.1g}") for rate in added}
+
+
+def rounded(value: float | None) -> float | str:
+    return "-" if value is None else round(value, 4) if math.isfinite(value) else "diverged"
+
+
+def mean_loss(buckets: list[dict[str, Any]], low: int, high: int) -> tuple[float, float]:
+    """Mean over the buckets that lie in [low, high), and its standard error."""
     chosen = [b for b in buckets if low <= b["start"] and b["stop"] <= high]
     tokens = sum(b["tokens"] for b in chosen)
-    return sum(b["tokens"] * b["nats_per_token"] for b in chosen) / tokens if tokens else float("nan")
+    if not tokens:
+        return float("nan"), float("nan")
+    variance = sum((b["tokens"] * b["standard_error"]) ** 2 for b in chosen)
+    return sum(b["tokens"] * b["nats_per_token"] for b in chosen) / tokens, variance**0.5 / tokens
 
 
 def position_rows(curves: dict[str, Any], window: int) -> list[dict[str, Any]]:
-    """Mean loss in ranges of positions, in units of the training window."""
-    ranges = [(0, 1), (1, 4), (4, 16), (16, 64), (64, 256), (256, 1024)]
-    return [
-        {"model": model, "state": state}
-        | {
-            f"{low}-{high} windows": round(mean_loss(states[state], low * window, high * window), 4)
-            for low, high in ranges
-        }
-        for model, states in curves.items()
-        for state in ("carry", "reset")
-    ]
+    """Mean loss in ranges of distances from the empty state, in training windows."""
+    rows = []
+    for model, states in curves.items():
+        row: dict[str, Any] = {"model": model}
+        low = 0
+        for high in (1, 2, 4, 8, STRETCH):
+            loss, error = mean_loss(states["stretch"], low * window, high * window)
+            row[f"{low}-{high} windows"] = round(loss, 4)
+            low = high
+        row["standard error"] = round(error, 4)
+        row["reset every window"] = round(mean_loss(states["reset"], 0, window)[0], 4)
+        rows.append(row)
+    return rows
 
 
 def plot(curves: dict[str, Any], window: int, path: pathlib.Path) -> None:
-    """How much carried state saves over reset state at each position."""
+    """Loss by the distance from the empty state: one stretch of 16 windows, and the mean of a state reset at every window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    axes = figure.subplots()
     for model, states in curves.items():
-        carry = {b["start"]: b["nats_per_token"] for b in states["carry"] if b["start"] >= 16}
-        reset = {b["start"]: b["nats_per_token"] for b in states["reset"]}
-        left.plot(list(carry), list(carry.values()), marker="o", markersize=3, label=model)
-        gap = {start: reset[start] - loss for start, loss in carry.items() if start in reset}
-        right.plot(list(gap), list(gap.values()), marker="o", markersize=3, label=model)
-    left.set_ylabel("loss with carried state (nats per token)")
-    right.set_ylabel("reset minus carried (nats per token)")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.axvline(window, color="grey", linestyle="--", linewidth=1)
-        axes.set_xlabel("tokens of the book before the predicted one")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        points = [(b["start"], b["nats_per_token"]) for b in states["stretch"] if b["start"] >= 8]
+        (line,) = axes.plot(*zip(*points), marker="o", markersize=3, label=model)
+        reset = mean_loss(states["reset"], 0, window)[0]
+        axes.plot([window, STRETCH * window], [reset] * 2, linestyle=":", linewidth=1, color=line.get_color())
+    axes.set_xscale("log", base=2)
+    axes.axvline(window, color="grey", linestyle="--", linewidth=1, label="training window")
+    axes.plot([], [], color="grey", linestyle=":", linewidth=1, label="state reset every window (mean)")
+    axes.set_xlabel("tokens read since the state was empty")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -150,7 +150,16 @@ class Attention(nnx.Module):
             read = self._attend_without_cache(query, key, value, positions, segments, segment_ids)
         elif time == 1:
             # The slot that the new token overwrites held the one token that has just left the window.
-            read = self._attend(query, new_ring.key, new_ring.value, positions, new_ring.key_position, segments, None)
+            keys = None if segment_ids is None else jnp.ones_like(new_ring.key_position)
+            read = self._attend(
+                query,
+                new_ring.key,
+                new_ring.value,
+                positions,
+                new_ring.key_position,
+                None if segment_ids is None else segments,
+                keys,
+            )
         else:
             read = self._attend(
                 query,
@@ -182,7 +191,7 @@ class Attention(nnx.Module):
             query_positions=positions,
             key_positions=key_positions,
             query_segment_ids=segments,
-            key_segment_ids=jnp.ones_like(key_positions) if key_segments is None else key_segments,
+            key_segment_ids=key_segments,
         )
 
     def initial_state(self, batch_size: int) -> AttentionState:

@@ -48,7 +48,9 @@ class RMSNorm(nnx.Module):
         self, x: Float[Array, "*batch D"], gate: Float[Array, "*batch D"] | None = None
     ) -> Float[Array, "*batch D"]:
         """Normalise the last axis."""
-        parts = x.astype(jnp.float32).reshape(*x.shape[:-1], self.num_groups, -1)
+        parts = x.astype(jnp.float32)
+        if self.num_groups > 1:
+            parts = parts.reshape(*x.shape[:-1], self.num_groups, -1)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + self.epsilon)
         y = (parts * scale).reshape(x.shape) * self.weight[...].astype(jnp.float32)
         if gate is not None:

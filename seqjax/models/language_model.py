@@ -169,6 +169,24 @@ class LanguageModel(nnx.Module):
         x, remainder = self.remainder(x, None if state is None else state.remainder, segment_ids, run_block)
         return self.norm(x), LanguageModelState(groups, remainder)
 
+    def unrolled(self, state: LanguageModelState) -> tuple["LanguageModel", LanguageModelState]:
+        """The same network and state with arrays of their own for every block, and no scan: for decoding token by token.
+
+        In a scan every call copies each block's parameters and state out of the stack, and the state back into it; with one token
+        per call that is most of the work. Compile time grows with depth. Both are copies; the originals stay as they are.
+        """
+        model = jax.tree.map(lambda array: array, self)
+        if self.groups is None:
+            return model, state
+        blocks, states = [], []
+        for index in range(self.config.num_groups):
+            group, group_states = jax.tree.map(lambda a, i=index: a[i], (self.groups, state.groups))
+            blocks += group.blocks
+            states += group_states
+        model.groups = None
+        model.remainder.blocks = nnx.List([*blocks, *model.remainder.blocks])
+        return model, LanguageModelState((), (*states, *state.remainder))
+
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits (float32) of hidden vectors."""
         dtype, cap = jnp.dtype(self.config.dtype), self.config.logit_softcap

@@ -27,8 +27,8 @@ from jaxtyping import Array, Float, Int
 from seqjax.ops._dispatch import check_segment_ids, check_shapes
 
 CHUNK_SIZE = 64
-"""Tokens per chunk. Costs per token grow as C (scores) + K*V/C (states): for heads of 64, 32 and 64 are alike on a CPU and 128
-is slower by half; 128 fills a TPU's matrix unit."""
+"""Tokens per chunk. Costs per token grow as C (scores) + K*V/C (states): for heads of 64, 32 and 64 are alike for linear attention on a
+CPU, where the inverse of the delta rule is a fifth faster at 32 (``delta_rule`` takes that there); 128 is slower by half."""
 
 GROUP_TOKENS = 256
 """Tokens whose intermediates live at once (see ``scan_chunks``): on a CPU, 1024 took up to twice the memory and a third more time."""
@@ -157,8 +157,17 @@ def decayed_scores(
         else:
             between, sums = _scalar_sums(jnp.maximum(log_decay, _FLOOR))
             decay = _masked_exp(between, pair)
-            scores = [s * decay for s in scores]
+            scores = [_decayed(s, decay) for s in scores]
     return scores, Decays(*(_masked_exp(x, mask) for x, mask in zip(sums, (from_start, to_end, across))))
+
+
+def _decayed(scores, decay):
+    """scores [.., G, 1, C, C] times decay [.., G, R, C, C]. One group loses its axis for it: XLA's CPU backend (jaxlib 0.10) sums over
+    R in the backward pass 25 times more slowly beside an axis of size 1.
+    """
+    if scores.ndim < 4 or scores.shape[-4] != 1 or scores.shape[-3:] == decay.shape[-3:]:
+        return scores * decay
+    return jnp.expand_dims(jnp.squeeze(scores, -4) * jnp.squeeze(decay, -4), -4)
 
 
 def _masked_exp(exponent, mask):
@@ -252,6 +261,12 @@ def write(columns: Array, decay: Array, values: Array, dtype: jnp.dtype) -> Arra
 # ---------------------------------------------------------------------------------------------------------------- loops
 
 
+def read_token(state: Float[Array, "B G R K V"], vector: Float[Array, "B G 1 K"]) -> Float[Array, "B G R V"]:
+    """S^T q of one token, as one small product per head: a sum over K of the products would be several passes over the state."""
+    vector = jnp.broadcast_to(vector, state.shape[:-1])
+    return jnp.einsum("bgrk,bgrkv->bgrv", vector, state, precision=jax.lax.Precision.HIGHEST)
+
+
 def scan_tokens(
     step: Callable[..., tuple[Array, Array]],
     state: Float[Array, "B H K V"],
@@ -321,14 +336,14 @@ def scan_chunks(
     return output[:, :length], final.reshape(state.shape)
 
 
-def chunk_length(op: str, chunk_size: int | None, length: int) -> int:
-    """Tokens per chunk: a power of two (halves of blocks must be blocks), not much longer than the sequence.
+def chunk_length(op: str, chunk_size: int | None, length: int, default: int = CHUNK_SIZE) -> int:
+    """Tokens per chunk (None: ``default``): a power of two (halves of blocks must be blocks), not much longer than the sequence.
 
     Raises:
         ValueError: ``chunk_size`` is not a positive integer.
     """
     if chunk_size is None:
-        chunk_size = CHUNK_SIZE
+        chunk_size = default
     elif not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"{op}: `chunk_size` is {chunk_size!r}; expected None or a positive number of tokens")
     return 1 << (min(chunk_size, length) - 1).bit_length()

@@ -83,8 +83,8 @@ def attention(
         window: number of positions a query sees, itself included; None for all.
         prefix_length: keys at positions below it are visible to every query of their document ``[B]`` (prefix-LM).
         query_positions: position of each query in tokens ``[B, T]``; default ``0 .. T-1``.
-        key_positions: position of each key ``[B, S]``, in any order; negative means absent (an unused cache slot). Default
-            ``0 .. S-1``. Omit both where possible: it lets long rows skip keys that no mask would let through. With a
+        key_positions: position of each key ``[B, S]``, in any order; negative means absent (an unused cache slot, whose
+            contents must be finite; a copy of the cache per token is the price of more). Default ``0 .. S-1``. Omit both where possible: it lets long rows skip keys that no mask would let through. With a
             window the same holds at run time for positions that advance with the index (right or left padding only).
         query_segment_ids: document of each query ``[B, T]``, 0 is padding.
         key_segment_ids: document of each key ``[B, S]``; default: those of the queries, if ``T == S``.
@@ -121,13 +121,8 @@ def attention(
         key_segment_ids = query_segment_ids
     plain = query_positions is None and key_positions is None and prefix_length is None and time == length
 
-    present = None
-    if key_positions is not None:
-        present = key_positions >= 0
     if key_segment_ids is not None:
-        present = key_segment_ids != 0 if present is None else present & (key_segment_ids != 0)
-    if present is not None:
-        key, value = clear_padding(present, key), clear_padding(present, value)
+        key, value = clear_padding(key_segment_ids != 0, key), clear_padding(key_segment_ids != 0, value)
     if query_segment_ids is not None:
         query = clear_padding(query_segment_ids != 0, query)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seqjax.ops._chunks import (
+    CHUNK_SIZE,
     Chunks,
     check_inputs,
     chunk_length,
@@ -15,6 +16,7 @@ from seqjax.ops._chunks import (
     decayed_scores,
     product,
     read,
+    read_token,
     scan_chunks,
     scan_tokens,
     state_dtype,
@@ -53,7 +55,8 @@ def delta_rule(
         scale: factor on the reads; None is ``K ** -0.5``.
         initial_state: state before the first token, continued by the first document of a row; None is zeros.
         segment_ids: documents numbered from 1; a change resets the state, 0 is padding (absent, its output is 0).
-        chunk_size: tokens per chunk of the fast form, rounded up to a power of two; None is 64. No effect on the result.
+        chunk_size: tokens per chunk of the fast form, rounded up to a power of two; None is 64, on a CPU 32. No effect on
+            the result.
         implementation: None picks; "reference" is one step per token, "xla" the chunked form. A single token is always one step.
 
     Returns:
@@ -84,7 +87,8 @@ def delta_rule(
         "log_decay": (log_decay, decay_shape(log_decay)),
     }
     sizes = check_inputs(op, shapes, initial_state, segment_ids)
-    chunk_size = chunk_length(op, chunk_size, sizes["T"])
+    default = 32 if jax.default_backend() == "cpu" else CHUNK_SIZE
+    chunk_size = chunk_length(op, chunk_size, sizes["T"], default)
     form = resolve_implementation(op, implementation)
     dtype = state_dtype(query, key, value)
     state = jnp.zeros([sizes[s] for s in "BHKV"], dtype) if initial_state is None else initial_state.astype(dtype)
@@ -107,9 +111,9 @@ def _step(state, token):
         state = jnp.where(start[:, None, None, None, None], 0, state)
     if g is not None:
         state = jnp.exp(g)[..., None] * state
-    error = v - jnp.sum(k[..., None] * state, axis=-2)
+    error = v - read_token(state, k)
     state = state + k[..., None] * (b[..., None] * error)[..., None, :]
-    return state, jnp.sum(q[..., None] * state, axis=-2)
+    return state, read_token(state, q)
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from seqjax.ops._chunks import (
     decayed_scores,
     product,
     read,
+    read_token,
     scan_chunks,
     scan_tokens,
     state_dtype,
@@ -101,7 +102,7 @@ def _step(state, token):
     if g is not None:
         state = jnp.exp(g)[..., None] * state
     state = state + k[..., None] * v[..., None, :]
-    return state, jnp.sum(q[..., None] * state, axis=-2)
+    return state, read_token(state, q)
 
 
 @jax.jit

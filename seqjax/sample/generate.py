@@ -9,7 +9,7 @@ the prefill chunks and decode blocks.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,15 @@ class CausalModel(Protocol):
 
     def initial_state(self, batch_size: int) -> Any:
         """The state before the first token."""
+        ...
+
+
+@runtime_checkable
+class Stacked(Protocol):
+    """A model that scans over stacked blocks, and has a form that does not for one token at a time."""
+
+    def unrolled(self, state: Any) -> tuple[CausalModel, Any]:
+        """The same model and state, block by block."""
         ...
 
 
@@ -265,9 +274,12 @@ def generate(
             raise ValueError(f"`{name}` is {value}; expected an integer >= {least}")
     rows = _checked(prompts)
     graphdef, params = nnx.split(model)
-    graph = _Graph(graphdef)
     keys = row_keys(seed, len(rows))
-    logits, state = _prefill(graph, params, rows, prefill_chunk)
+    logits, state = _prefill(_Graph(graphdef), params, rows, prefill_chunk)
+    if isinstance(model, Stacked):
+        model, state = model.unrolled(state)
+        graphdef, params = nnx.split(model)
+    graph = _Graph(graphdef)
     carry = _Carry(state, logits, jnp.zeros(len(rows), bool), jnp.ones(len(rows), bool))
     stops = set(stop_ids)
     # -1 is no token; it keeps the array from being empty.

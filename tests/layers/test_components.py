@@ -27,6 +27,7 @@ from seqjax.layers import (
     parameter,
 )
 from seqjax.layers.gates import capped_sqrt
+from seqjax.layers.linear import matmul
 from seqjax.train.parameters import structure
 
 
@@ -186,3 +187,22 @@ def test_positions_do_not_grow_with_the_stream():
     _, state = jax.jit(attention.__call__)(x, segment_ids=jnp.array([[1] * 5 + [2] * 3 + [7] * 4]))
     assert int(state.position[0]) == 4
     np.testing.assert_array_equal(state.key_position[0], [0, 1, 2, 3, -1, -1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6), (2, 3, 2, 6)])
+def test_the_gradient_of_a_projection_is_that_of_the_product(shape, dtype):
+    weight = jax.random.normal(jax.random.key(0), (6, 4), dtype)
+    x = jax.random.normal(jax.random.key(1), shape, dtype)
+    target = jax.random.normal(jax.random.key(2), (*shape[:-1], 4))
+
+    def gradients(product):
+        return jax.grad(lambda x, w: jnp.sum(product(x, w).astype(jnp.float32) * target), argnums=(0, 1))(x, weight)
+
+    ours = gradients(lambda x, w: matmul(jnp.dtype(jnp.float32), x, w))
+    plain = gradients(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32))
+    for got, expected in zip(ours, plain):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(
+            got.astype(jnp.float32), expected.astype(jnp.float32), atol=2e-2 if dtype != jnp.float32 else 1e-5
+        )

