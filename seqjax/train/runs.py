@@ -1,5 +1,6 @@
 """Run folders: read a trained model back, and tell whether a folder belongs to a configuration."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 from flax import nnx
 
 from seqjax.data import Corpus, Tokenizer
+from seqjax.data.tokenizers import load_stored_tokenizer, store_tokenizer
 from seqjax.models import LanguageModel, to_json
 from seqjax.train import parameters
 from seqjax.train.checkpoint import Checkpoints
@@ -14,7 +16,7 @@ from seqjax.train.config import TrainConfig, load_config, to_dict
 
 
 def load_run(run: str | Path, step: int | None = None) -> tuple[TrainConfig, LanguageModel, Tokenizer]:
-    """The config, the trained model and the tokenizer of a run folder.
+    """The config, the trained model and the tokenizer of a run folder, which need nothing outside it.
 
     The model is on the default device. It has the averaged parameters if the run kept an average.
 
@@ -46,8 +48,25 @@ def load_run(run: str | Path, step: int | None = None) -> tuple[TrainConfig, Lan
         )
     finally:
         checkpoints.close()
-    tokenizer = Corpus.open(config.data.path, config.data.split).tokenizer()
-    return config, structure.merge(params), tokenizer
+    return config, structure.merge(params), _tokenizer(run, config)
+
+
+def keep_tokenizer(corpus: Corpus, run: Path) -> None:
+    """Copy a corpus's tokenizer into a run folder, so that the run can generate when the corpus is gone."""
+    folder = run / "tokenizer"
+    store_tokenizer(corpus.tokenizer(), folder)
+    # Written last: with it the copy is whole.
+    temporary = folder / "description.json.tmp"
+    temporary.write_text(json.dumps(corpus.manifest["tokenizer"], indent=2) + "\n")
+    temporary.replace(folder / "description.json")
+
+
+def _tokenizer(run: Path, config: TrainConfig) -> Tokenizer:
+    """The run's copy; that of its corpus if it has none."""
+    folder = run / "tokenizer"
+    if not (folder / "description.json").is_file():
+        return Corpus.open(config.data.path, config.data.split).tokenizer()
+    return load_stored_tokenizer(folder, json.loads((folder / "description.json").read_text()))
 
 
 def check_same_run(config: TrainConfig, folder: Path) -> list[str]:

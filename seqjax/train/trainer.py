@@ -21,7 +21,7 @@ from seqjax.train.console import Display
 from seqjax.train.meter import Meter
 from seqjax.train.metrics import MetricsLog, draw_losses
 from seqjax.train.program import Program
-from seqjax.train.runs import check_same_run
+from seqjax.train.runs import check_same_run, keep_tokenizer
 from seqjax.train.sharding import unsharded
 from seqjax.train.signals import StopRequest
 from seqjax.train.step import TrainState
@@ -85,6 +85,7 @@ class Trainer:
         self._resume = resume
         self._bytes_per_token: float | None = None
         self._notes: list[str] = []
+        self._corpus: Corpus | None = None
         if batches is None:
             config = self._open_corpus(config)
         self.config = config
@@ -112,7 +113,7 @@ class Trainer:
         data = config.data
         if not data.path:
             raise ValueError("data.path is empty; name a corpus folder (`--data PATH`, made by `seqjax prepare`)")
-        corpus = Corpus.open(data.path, data.split)
+        self._corpus = corpus = Corpus.open(data.path, data.split)
         if corpus.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"corpus {data.path} has {corpus.vocab_size} token ids ({corpus.manifest['tokenizer']['name']}), but "
@@ -191,9 +192,11 @@ class Trainer:
             self._batches.set_state(data_state)
             batch = None
             display.say(f"resumed from the checkpoint of step {start}")
-        save_config(
-            config, self.folder / "config.json"
-        )  # only now: a checkpoint that does not fit leaves the folder alone
+        # Only now: a checkpoint that does not fit leaves the folder alone.
+        if jax.process_index() == 0:
+            save_config(config, self.folder / "config.json")
+            if self._corpus is not None:
+                keep_tokenizer(self._corpus, self.folder)
         log = MetricsLog(self.folder, tensorboard=config.logging.tensorboard, start=start or 0, report=display.say)
         loop = _Loop(self, checkpoints, display, log, state, start or 0, batch)
         try:

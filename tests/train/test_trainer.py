@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from typing import Any
 
 import jax
@@ -196,3 +197,13 @@ def test_a_run_is_read_back(uninterrupted, tiny_config):
         load_run(run, 6)
     with pytest.raises(ValueError, match="not a run folder"):
         load_run(run.parent)
+
+
+def test_a_run_is_read_back_without_its_corpus(uninterrupted, tmp_path):
+    run = shutil.copytree(uninterrupted[0], tmp_path / "moved")
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["path"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(config))
+    tokenizer = load_run(run)[2]
+    assert tokenizer.decode(tokenizer.encode("the river")) == "the river"
+    assert tokenizer.fingerprint == config["data"]["tokenizer_fingerprint"]
