@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seqjax.ops._dispatch import check_segment_ids, check_shapes
+from seqjax.ops._segments import segment_info
 
 CHUNK_SIZE = 64
 """Tokens per chunk. Costs per token grow as C (scores) + K*V/C (states): for heads of 64, 32 and 64 are alike for linear attention on a
@@ -73,6 +74,52 @@ def check_inputs(
             " (each query/key head serves H/G value heads)"
         )
     return sizes
+
+
+class Call(NamedTuple):
+    """Checked arguments of a matrix-state op: what every form of it runs on."""
+
+    tokens: tuple[Any, ...]
+    """Query, key and value as given; gates in the state's dtype (None where there is none); padding cleared."""
+    state: Float[Array, "B H K V"]
+    starts: Array | None
+    """Where a document starts, [B, T]."""
+    documents: Int[Array, "B T"] | None
+    """Running document numbers."""
+    scale: Array | float
+    chunk_size: int
+
+
+def check_call(
+    op: str,
+    shapes: dict[str, tuple[Array | None, str]],
+    *,
+    scale: float | None,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    chunk_size: int | None,
+    default_chunk_size: int = CHUNK_SIZE,
+) -> Call:
+    """Check the token arrays (query, key, value, then gates) and fill in defaults.
+
+    Raises:
+        ValueError: as ``check_inputs``, or a bad ``chunk_size``.
+    """
+    sizes = check_inputs(op, shapes, initial_state, segment_ids)
+    arrays: tuple[Any, ...] = tuple(array for array, _ in shapes.values())
+    dtype = state_dtype(*arrays[:3])
+    tokens = (*arrays[:3], *(None if gate is None else gate.astype(dtype) for gate in arrays[3:]))
+    segments = None if segment_ids is None else segment_info(segment_ids)
+    if segments is not None:
+        tokens = clear_padding(segments.real, *tokens)
+    return Call(
+        tokens,
+        jnp.zeros([sizes[s] for s in "BHKV"], dtype) if initial_state is None else initial_state.astype(dtype),
+        None if segments is None else segments.start,
+        None if segments is None else segments.document,
+        sizes["K"] ** -0.5 if scale is None else scale,
+        chunk_length(op, chunk_size, sizes["T"], default_chunk_size),
+    )
 
 
 def clear_padding(real: Array, *arrays: Array | None) -> tuple[Any, ...]:

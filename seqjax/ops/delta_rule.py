@@ -9,9 +9,7 @@ from jaxtyping import Array, Float, Int
 from seqjax.ops._chunks import (
     CHUNK_SIZE,
     Chunks,
-    check_inputs,
-    chunk_length,
-    clear_padding,
+    check_call,
     decay_shape,
     decayed_scores,
     product,
@@ -19,12 +17,10 @@ from seqjax.ops._chunks import (
     read_token,
     scan_chunks,
     scan_tokens,
-    state_dtype,
     transpose,
     write,
 )
 from seqjax.ops._dispatch import Implementation, resolve_implementation
-from seqjax.ops._segments import segment_info
 from seqjax.ops._triangular import unit_lower_inverse
 
 
@@ -86,22 +82,19 @@ def delta_rule(
         "beta": (beta, "B T H"),
         "log_decay": (log_decay, decay_shape(log_decay)),
     }
-    sizes = check_inputs(op, shapes, initial_state, segment_ids)
-    default = 32 if jax.default_backend() == "cpu" else CHUNK_SIZE
-    chunk_size = chunk_length(op, chunk_size, sizes["T"], default)
     form = resolve_implementation(op, implementation)
-    dtype = state_dtype(query, key, value)
-    state = jnp.zeros([sizes[s] for s in "BHKV"], dtype) if initial_state is None else initial_state.astype(dtype)
-    beta, log_decay = beta.astype(dtype), None if log_decay is None else log_decay.astype(dtype)
-    scale = sizes["K"] ** -0.5 if scale is None else scale
-    segments = None if segment_ids is None else segment_info(segment_ids)
-    if segments is not None:
-        query, key, value, beta, log_decay = clear_padding(segments.real, query, key, value, beta, log_decay)
-    if form == "reference" or sizes["T"] == 1:
-        return _reference(query, key, value, beta, log_decay, state, segments and segments.start, scale)
-    return _chunked(
-        query, key, value, beta, log_decay, state, segments and segments.document, scale, chunk_size=chunk_size
+    call = check_call(
+        op,
+        shapes,
+        scale=scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+        default_chunk_size=32 if jax.default_backend() == "cpu" else CHUNK_SIZE,
     )
+    if form == "reference" or query.shape[1] == 1:
+        return _reference(*call.tokens, call.state, call.starts, call.scale)
+    return _chunked(*call.tokens, call.state, call.documents, call.scale, chunk_size=call.chunk_size)
 
 
 def _step(state, token):

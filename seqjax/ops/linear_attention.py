@@ -8,9 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from seqjax.ops._chunks import (
     Chunks,
-    check_inputs,
-    chunk_length,
-    clear_padding,
+    check_call,
     decay_shape,
     decayed_scores,
     product,
@@ -18,11 +16,9 @@ from seqjax.ops._chunks import (
     read_token,
     scan_chunks,
     scan_tokens,
-    state_dtype,
     write,
 )
 from seqjax.ops._dispatch import Implementation, resolve_implementation
-from seqjax.ops._segments import segment_info
 
 
 def linear_attention(
@@ -79,19 +75,18 @@ def linear_attention(
         "value": (value, "B T H V"),
         "log_decay": (log_decay, decay_shape(log_decay)),
     }
-    sizes = check_inputs(op, shapes, initial_state, segment_ids)
-    chunk_size = chunk_length(op, chunk_size, sizes["T"])
     form = resolve_implementation(op, implementation)
-    dtype = state_dtype(query, key, value)
-    state = jnp.zeros([sizes[s] for s in "BHKV"], dtype) if initial_state is None else initial_state.astype(dtype)
-    log_decay = None if log_decay is None else log_decay.astype(dtype)
-    scale = sizes["K"] ** -0.5 if scale is None else scale
-    segments = None if segment_ids is None else segment_info(segment_ids)
-    if segments is not None:
-        query, key, value, log_decay = clear_padding(segments.real, query, key, value, log_decay)
-    if form == "reference" or sizes["T"] == 1:
-        return _reference(query, key, value, log_decay, state, segments and segments.start, scale)
-    return _chunked(query, key, value, log_decay, state, segments and segments.document, scale, chunk_size=chunk_size)
+    call = check_call(
+        op,
+        shapes,
+        scale=scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+    )
+    if form == "reference" or query.shape[1] == 1:
+        return _reference(*call.tokens, call.state, call.starts, call.scale)
+    return _chunked(*call.tokens, call.state, call.documents, call.scale, chunk_size=call.chunk_size)
 
 
 def _step(state, token):
