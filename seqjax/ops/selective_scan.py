@@ -183,6 +183,16 @@ def _decays_and_writes(tokens, rates: Array) -> tuple[Array, Array]:
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
+def _sum(x: Array, axis: int) -> Array:
+    """Sum over an axis in halves, as elementwise additions. As a product with batch d it would lay ``x`` out anew, and XLA's CPU backend
+    (jaxlib 0.10) reduces beside an axis of size 1 without vector instructions.
+    """
+    while x.shape[axis] > 1 and x.shape[axis] % 2 == 0:
+        first, second = jnp.split(x, 2, axis=axis)
+        x = first + second
+    return jnp.squeeze(x, axis) if x.shape[axis] == 1 else jnp.sum(x, axis=axis)
+
+
 def _scan_forward(chunk, x, delta, rates, B, C, start, state):
     def one_chunk(h, tokens):
         def step(h, token):
@@ -232,11 +242,11 @@ def _scan_backward(chunk, residuals, cotangents):
         written = _einsum("cbnd,cbn->cbd", lam, B_c)
         d_tokens = (
             delta_c * written,
-            _einsum("cbnd,nd->cbd", d_log_decay, rates) + x_c * written,
+            _sum(d_log_decay * rates, axis=2) + x_c * written,
             _einsum("cbnd,cbd->cbn", lam, delta_c * x_c),
             _einsum("cbnd,cbd->cbn", after, d_y_c),
         )
-        return (mu, d_rates + _einsum("cbd,cbnd->nd", delta_c, d_log_decay)), d_tokens
+        return (mu, d_rates + _sum(_sum(delta_c[:, :, None] * d_log_decay, axis=0), axis=0)), d_tokens
 
     tokens = jax.tree.map(lambda array: _split(array, chunk), (x, delta, B, C, start, d_y))
     carry = (d_state, jnp.zeros_like(rates))
