@@ -246,6 +246,8 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt.
 
+    A :class:`Stacked` model reads the prompts as it is and decodes unrolled: for the length of the call its parameters exist twice.
+
     Args:
         model: the language model.
         prompts: token ids, at least one per prompt, of any lengths.
