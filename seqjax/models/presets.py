@@ -4,8 +4,8 @@ At each size the Transformer sets the number of parameters. The other architectu
 the hidden size of their MLP, or without one their number of layers, is chosen so that the totals agree within 5%.
 
 Embeddings are multiplied by sqrt(dim) in all of them, so that the residual stream starts at the size of what the blocks add to it.
-Unscaled they drown: the loss of hybrid-tiny after 300 steps of the quickstart was 0.3 nats per token worse
-(`seqjax train hybrid-tiny --model.no-embedding-scale ...`).
+Unscaled, at N(0, 0.02), they drown in it (Griffin, arXiv 2402.19427, and Gemma scale them for the same reason; compare with
+`seqjax train hybrid-tiny --model.no-embedding-scale ...`).
 """
 
 import dataclasses
