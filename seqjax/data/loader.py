@@ -10,7 +10,8 @@ Two orders of training batches:
 - ``packed``: the tokens are cut into windows of `window` targets, shuffled by grain; each row is independent.
 - ``stream``: the tokens are cut into `batch_size` lanes of equal length; row i of a batch continues row i of the last one.
   ``reset[i]`` says that the row's first token begins a document (or the epoch), so carried state must be zeroed. Later
-  documents of a row show as a change of segment id. Up to ``batch_size * window - 1`` tokens at the end of an epoch are
+  documents of a row show as a change of segment id. In long documents a model is then hardly ever trained on a young state;
+  with `reset_every` each row also starts anew every so many windows, the rows in turn. Up to ``batch_size * window - 1`` tokens at the end of an epoch are
   left out; with `shuffle` they are others in each epoch, because the documents are permuted before they are laid out.
 
 A batch is a function of (config, step) alone, and the iterator's state is the step: it may be resumed by another number of
@@ -45,6 +46,9 @@ class LoaderConfig:
     seed: int = 0  # of the shuffle, 0 .. 2**32 - 1
     shuffle: bool = True  # windows (packed) or documents (stream), anew in every epoch
     epochs: int | None = None  # None: without end
+    reset_every: int | None = (
+        None  # stream: a row's state also starts anew every so many windows; None: with documents only
+    )
     tokenizer_fingerprint: str | None = None  # refuse a corpus made with another tokenizer
     threads: int = 2  # that build batches ahead
     read_ahead: int = 16  # batches built ahead
@@ -77,6 +81,10 @@ def make_loader(config: LoaderConfig, process_index: int = 0, process_count: int
             f"corpus {config.path} was made with tokenizer {corpus.manifest['tokenizer']['name']!r} "
             f"({corpus.fingerprint[:12]}), but {str(config.tokenizer_fingerprint)[:12]} is expected: "
             "prepare the text again with `--tokenizer` of that model's corpus"
+        )
+    if config.reset_every is not None and (config.kind != "stream" or config.reset_every < 1):
+        raise ValueError(
+            f"reset_every is {config.reset_every} for kind {config.kind!r}, expected None or at least 1 window of 'stream'"
         )
     if config.kind == "packed":
         dataset = _packed_dataset(corpus, config, rows)
@@ -217,6 +225,10 @@ class _Streams:
         batch = _read_batch(self._corpus, spans, window)
         if step == 0:
             batch["reset"][:] = True
+        every = self._config.reset_every
+        if every is not None:
+            turns = np.array([row * every // self._config.batch_size for row in self._rows])
+            batch["reset"] |= (step + turns) % every == 0
         return batch
 
     def _layout(self, epoch: int) -> _Layout:

@@ -88,6 +88,30 @@ def test_streams_continue_row_by_row_and_reset_where_a_document_begins(corpus_pa
                 assert batches[step]["tokens"][row, 0] == want[previous]
 
 
+def test_rows_start_anew_in_turn_every_so_many_windows(corpus_path):
+    plain = make_loader(config(corpus_path, kind="stream"))
+    loader = make_loader(config(corpus_path, kind="stream", reset_every=6))
+    halves = [make_loader(config(corpus_path, kind="stream", reset_every=6), index, 2) for index in range(2)]
+    since = np.zeros(4, int)
+    ages = []
+    for _ in range(24):
+        batch, same = next(loader), next(plain)
+        assert equal({k: v for k, v in batch.items() if k != "reset"}, {k: v for k, v in same.items() if k != "reset"})
+        assert (batch["reset"] >= same["reset"]).all()
+        np.testing.assert_array_equal(batch["reset"], np.concatenate([next(half)["reset"] for half in halves]))
+        since = np.where(batch["reset"], 0, since + 1)
+        ages.append(since)
+    assert np.max(ages) == 5
+    # Not all rows at once, but for the first batch of an epoch.
+    assert sum(bool((age == 0).all()) for age in ages) <= 2
+
+
+@pytest.mark.parametrize(("kind", "every"), [("stream", 0), ("packed", 4)])
+def test_reset_every_belongs_to_streams(corpus_path, kind, every):
+    with pytest.raises(ValueError, match=f"reset_every is {every} for kind '{kind}'"):
+        make_loader(config(corpus_path, kind=kind, reset_every=every))
+
+
 def test_shuffled_streams_hold_whole_documents_in_another_order_each_epoch(corpus_path, documents):
     corpus = Corpus.open(corpus_path)
     steps = corpus.num_tokens // (4 * 64)
