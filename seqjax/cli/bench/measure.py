@@ -15,7 +15,7 @@ def interleaved(
     """Seconds per call of each candidate, ``repeats`` samples each, taken in rounds A B C, A B C, ...
 
     A sample repeats a short call until ``min_seconds`` have passed, so that clock and dispatch noise stay small. Each candidate
-    is called once beforehand (compilation, page faults) and must return arrays, which are waited for.
+    is called once before each sample (compilation, caches, page faults) and must return arrays, which are waited for.
 
     Args:
         candidates: name -> function without arguments.
@@ -31,6 +31,9 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, call in candidates.items():
+            # Untimed: what the candidate before has left of caches and allocator (after gigabytes were freed, every page of the next
+            # call is new) is not this one's cost.
+            jax.block_until_ready(call())
             start = time.perf_counter()
             for _ in range(calls[name]):
                 result = call()
