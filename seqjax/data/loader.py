@@ -11,8 +11,8 @@ Two orders of training batches:
 - ``stream``: the tokens are cut into `batch_size` lanes of equal length; row i of a batch continues row i of the last one.
   ``reset[i]`` says that the row's first token begins a document (or the epoch), so carried state must be zeroed. Later
   documents of a row show as a change of segment id. In long documents a model is then hardly ever trained on a young state;
-  with `reset_every` each row also starts anew every so many windows, the rows in turn. Up to ``batch_size * window - 1`` tokens at the end of an epoch are
-  left out; with `shuffle` they are others in each epoch, because the documents are permuted before they are laid out.
+  with `reset_every` each row also starts anew every so many windows, the rows in turn.
+  Up to ``batch_size * window - 1`` tokens at the end of an epoch are left out; with `shuffle` they are others in each epoch, because the documents are permuted before they are laid out.
 
 A batch is a function of (config, step) alone, and the iterator's state is the step: it may be resumed by another number of
 processes. Process p of P reads rows [p * batch_size / P, (p + 1) * batch_size / P).
@@ -46,9 +46,7 @@ class LoaderConfig:
     seed: int = 0  # of the shuffle, 0 .. 2**32 - 1
     shuffle: bool = True  # windows (packed) or documents (stream), anew in every epoch
     epochs: int | None = None  # None: without end
-    reset_every: int | None = (
-        None  # stream: a row's state also starts anew every so many windows; None: with documents only
-    )
+    reset_every: int | None = None  # stream: windows after which a row starts anew inside a document, too
     tokenizer_fingerprint: str | None = None  # refuse a corpus made with another tokenizer
     threads: int = 2  # that build batches ahead
     read_ahead: int = 16  # batches built ahead

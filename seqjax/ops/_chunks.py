@@ -54,28 +54,6 @@ def decay_shape(log_decay: Array | None) -> str:
     return "B T H K" if log_decay is not None and log_decay.ndim == 4 else "B T H"
 
 
-def check_inputs(
-    op: str, shapes: dict[str, tuple[Array | None, str]], initial_state: Array | None, segment_ids: Array | None
-) -> dict[str, int]:
-    """Sizes of B, T, G, H, K, V.
-
-    Raises:
-        ValueError: shapes disagree, T is 0, G does not divide H, or ``segment_ids`` are not integers.
-    """
-    sizes = check_shapes(
-        op, {**shapes, "initial_state": (initial_state, "B H K V"), "segment_ids": (segment_ids, "B T")}
-    )
-    check_segment_ids(op, segment_ids)
-    if sizes["T"] == 0:
-        raise ValueError(f"{op}: `query` has length T=0; expected at least one token")
-    if sizes["H"] % sizes["G"]:
-        raise ValueError(
-            f"{op}: `value` has H={sizes['H']} heads and `query` G={sizes['G']}; expected G to divide H"
-            " (each query/key head serves H/G value heads)"
-        )
-    return sizes
-
-
 class Call(NamedTuple):
     """Checked arguments of a matrix-state op: what every form of it runs on."""
 
@@ -92,7 +70,10 @@ class Call(NamedTuple):
 
 def check_call(
     op: str,
-    shapes: dict[str, tuple[Array | None, str]],
+    query: Float[Array, "B T G K"],
+    key: Float[Array, "B T G K"],
+    value: Float[Array, "B T H V"],
+    gates: dict[str, tuple[Any, str]],
     *,
     scale: float | None,
     initial_state: Array | None,
@@ -100,15 +81,31 @@ def check_call(
     chunk_size: int | None,
     default_chunk_size: int = CHUNK_SIZE,
 ) -> Call:
-    """Check the token arrays (query, key, value, then gates) and fill in defaults.
+    """Check the arguments of a matrix-state op and fill in defaults.
+
+    Args:
+        op: name used in messages.
+        query, key, value: as given.
+        gates: name -> (array or None, symbolic shape), in the order in which the op's forms take them.
+        scale, initial_state, segment_ids, chunk_size: as given.
+        default_chunk_size: used for ``chunk_size=None``.
 
     Raises:
-        ValueError: as ``check_inputs``, or a bad ``chunk_size``.
+        ValueError: shapes disagree, T is 0, G does not divide H, ``segment_ids`` are not integers, or a bad ``chunk_size``.
     """
-    sizes = check_inputs(op, shapes, initial_state, segment_ids)
-    arrays: tuple[Any, ...] = tuple(array for array, _ in shapes.values())
-    dtype = state_dtype(*arrays[:3])
-    tokens = (*arrays[:3], *(None if gate is None else gate.astype(dtype) for gate in arrays[3:]))
+    shapes = {"query": (query, "B T G K"), "key": (key, "B T G K"), "value": (value, "B T H V"), **gates}
+    more = {"initial_state": (initial_state, "B H K V"), "segment_ids": (segment_ids, "B T")}
+    sizes = check_shapes(op, {**shapes, **more})
+    check_segment_ids(op, segment_ids)
+    if sizes["T"] == 0:
+        raise ValueError(f"{op}: `query` has length T=0; expected at least one token")
+    if sizes["H"] % sizes["G"]:
+        raise ValueError(
+            f"{op}: `value` has H={sizes['H']} heads and `query` G={sizes['G']}; expected G to divide H"
+            " (each query/key head serves H/G value heads)"
+        )
+    dtype = state_dtype(query, key, value)
+    tokens = (query, key, value, *(None if gate is None else gate.astype(dtype) for gate, _ in gates.values()))
     segments = None if segment_ids is None else segment_info(segment_ids)
     if segments is not None:
         tokens = clear_padding(segments.real, *tokens)

@@ -75,17 +75,13 @@ def delta_rule(
     Reference: DeltaNet (arXiv 2406.06484, section 3); Gated DeltaNet (2412.06464, eq. 10); KDA (2510.26692).
     """
     op = "delta_rule"
-    shapes = {
-        "query": (query, "B T G K"),
-        "key": (key, "B T G K"),
-        "value": (value, "B T H V"),
-        "beta": (beta, "B T H"),
-        "log_decay": (log_decay, decay_shape(log_decay)),
-    }
     form = resolve_implementation(op, implementation)
     call = check_call(
         op,
-        shapes,
+        query,
+        key,
+        value,
+        {"beta": (beta, "B T H"), "log_decay": (log_decay, decay_shape(log_decay))},
         scale=scale,
         initial_state=initial_state,
         segment_ids=segment_ids,

@@ -69,16 +69,13 @@ def linear_attention(
     section 4).
     """
     op = "linear_attention"
-    shapes = {
-        "query": (query, "B T G K"),
-        "key": (key, "B T G K"),
-        "value": (value, "B T H V"),
-        "log_decay": (log_decay, decay_shape(log_decay)),
-    }
     form = resolve_implementation(op, implementation)
     call = check_call(
         op,
-        shapes,
+        query,
+        key,
+        value,
+        {"log_decay": (log_decay, decay_shape(log_decay))},
         scale=scale,
         initial_state=initial_state,
         segment_ids=segment_ids,
