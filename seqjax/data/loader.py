@@ -12,7 +12,8 @@ Two orders of training batches:
   ``reset[i]`` says that the row's first token begins a document (or the epoch), so carried state must be zeroed. Later
   documents of a row show as a change of segment id. In long documents a model is then hardly ever trained on a young state;
   with `reset_every` each row also starts anew every so many windows, the rows in turn.
-  Up to ``batch_size * window - 1`` tokens at the end of an epoch are left out; with `shuffle` they are others in each epoch, because the documents are permuted before they are laid out.
+  Up to ``batch_size * window - 1`` tokens at the end of an epoch are left out; with `shuffle` they are others in each
+  epoch, because the documents are permuted before they are laid out.
 
 A batch is a function of (config, step) alone, and the iterator's state is the step: it may be resumed by another number of
 processes. Process p of P reads rows [p * batch_size / P, (p + 1) * batch_size / P).

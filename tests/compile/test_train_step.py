@@ -27,7 +27,8 @@ pytestmark = pytest.mark.compile
 )
 def test_sharded_train_step_compiles_and_communicates(topology, name):
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'seqjax[tpu]'")
+        # The tier is asked for by name: passing over everything in it would look like success.
+        pytest.fail("the compile tier needs libtpu: pip install 'seqjax[tpu]'")
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     model = preset(f"{name}-tiny", dtype="bfloat16", vocab_size=512)
     config = TrainConfig(model, mesh=MeshConfig(data=1, fsdp=2, tensor=2))
