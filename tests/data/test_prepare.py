@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -345,22 +346,25 @@ def test_a_full_disk_says_so_and_the_work_goes_on_afterwards(tmp_path, monkeypat
 
 
 def test_killed_workers_interrupts_and_kill_9_lose_nothing_and_leave_no_process(tmp_path):
-    texts = [prose(seed, 3000) for seed in range(3000)]
+    texts = [prose(seed, 3000) for seed in range(1000)]
     path, out = write_jsonl(tmp_path / "x.jsonl", texts), tmp_path / "out"
+    # Several hundred units, at most four per tenth of a second while PACE is that: however late this process gets to stop it, it is not done.
     script = (
-        "import sys; from seqjax.cli import main; from seqjax.data import sources; sources.SMALLEST_UNIT = 1 << 15; "
+        "import os, sys, time; from seqjax.cli import main; from seqjax.data import preparation, sources; "
+        "sources.SMALLEST_UNIT = 1 << 15; wait = preparation.wait; "
+        "preparation.wait = lambda *a, **k: (time.sleep(float(os.environ['PACE'])), wait(*a, **k))[1]; "
         "sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["prepare", "jsonl", str(path), "--workers", "2", "--train-bpe", "300", "--bpe-megabytes", "1", "--out"]
-    # At low priority, so that on a busy machine it is not done before this process gets to stop it.
-    command = ["nice", "-n", "19", sys.executable, "-c", script, *arguments, str(out)]
+    command = [sys.executable, "-c", script, *arguments, str(out)]
 
     def records() -> set:
         return set(out.glob(".work/parts/*.json"))
 
     def stop_after_a_new_part(stop) -> tuple[int, str, list[psutil.Process]]:
         before = records()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, env=os.environ | {"PACE": "0.1"}, **pipes)
         deadline = time.monotonic() + 60
         while not records() - before and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)
@@ -383,7 +387,7 @@ def test_killed_workers_interrupts_and_kill_9_lose_nothing_and_leave_no_process(
     assert code == 130 and "run the same command again to continue" in errors and "Traceback" not in errors
     code, *_ = stop_after_a_new_part(lambda process, workers: process.kill())
     assert code == -signal.SIGKILL
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PACE": "0"})
     assert texts_of(out) == texts
     list(Corpus.open(out).check())
 
