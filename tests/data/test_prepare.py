@@ -348,7 +348,7 @@ def test_a_full_disk_says_so_and_the_work_goes_on_afterwards(tmp_path, monkeypat
 def test_killed_workers_interrupts_and_kill_9_lose_nothing_and_leave_no_process(tmp_path):
     texts = [prose(seed, 3000) for seed in range(1000)]
     path, out = write_jsonl(tmp_path / "x.jsonl", texts), tmp_path / "out"
-    # Several hundred units, at most four per tenth of a second while PACE is that: however late this process gets to stop it, it is not done.
+    # About ninety units, at most four per PACE seconds: however late this process gets to stop it, it is not done.
     script = (
         "import os, sys, time; from seqjax.cli import main; from seqjax.data import preparation, sources; "
         "sources.SMALLEST_UNIT = 1 << 15; wait = preparation.wait; "
@@ -364,7 +364,7 @@ def test_killed_workers_interrupts_and_kill_9_lose_nothing_and_leave_no_process(
     def stop_after_a_new_part(stop) -> tuple[int, str, list[psutil.Process]]:
         before = records()
         pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, env=os.environ | {"PACE": "0.1"}, **pipes)
+        process = subprocess.Popen(command, env=os.environ | {"PACE": "0.5"}, **pipes)
         deadline = time.monotonic() + 60
         while not records() - before and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)
