@@ -3,7 +3,8 @@
 Data: a PG-19-shaped shelf of 60 novels, read as contiguous streams with carried state; WikiText-103 (the head of its train
 split, the official validation and test), read as packed windows. Both with a BPE of 4096 trained on the train split (`small`) or
 the GPT-2 tokenizer (`full`). Every architecture is trained for a shortened budget at the learning rates of one grid, which goes on
-by factors of about 3 while the best one is at its end, then at its best one for the whole budget.
+by factors of about 3 while the best one is at its end, then at its two best ones for the whole budget (a short run likes higher rates
+than a long one). The better of the two on validation is scored on the test split.
 
 `loss by position`: the trained model reads the test split in stretches of 16 training windows, each from an empty state, so every
 distance from that start is averaged over the whole split. If the model uses what it read before the training window, the loss falls on
@@ -47,6 +48,7 @@ class Scale:
     grid_steps: dict[str, int]  # corpus -> steps of each run of the grid
     learning_rates: tuple[float, ...]  # the grid before it is extended
     extensions: int  # most rates added to it per model
+    finalists: int  # rates of the grid that are trained for the whole budget
     grid_tokens: int | None  # of the validation split, that the grid is judged by
     validation_tokens: int | None  # in the final scores; None for all
     test_tokens: int | None
@@ -65,13 +67,14 @@ SCALES = {
         dict.fromkeys(CORPORA, 3),
         (3e-3,),
         0,
+        1,
         2000,
         2000,
         4000,
         3,
     ),
     "small": Scale(
-        "about an hour and a quarter on 2 CPU cores",
+        "about two hours on 2 CPU cores",
         "tiny",
         4096,
         128,
@@ -79,6 +82,7 @@ SCALES = {
         {"pg19": 2000, "wikitext103": 1000},
         {"pg19": 150, "wikitext103": 100},
         (3e-3, 1e-2),
+        2,
         2,
         50_000,
         400_000,
@@ -94,6 +98,7 @@ SCALES = {
         {"pg19": 1500, "wikitext103": 100},
         {"pg19": 300, "wikitext103": 40},
         (5e-4, 1e-3, 2e-3),
+        2,
         2,
         None,
         None,
@@ -167,7 +172,12 @@ def train_config(scale: Scale, model: str, corpus: str, path: pathlib.Path, step
         model=dataclasses.replace(config, pattern=pattern),
         task=NextToken(carry=stream),
         data=LoaderConfig(
-            path=str(path), kind="stream" if stream else "packed", window=scale.window, batch_size=scale.batch_size
+            path=str(path),
+            kind="stream" if stream else "packed",
+            window=scale.window,
+            batch_size=scale.batch_size,
+            # A row crosses hardly any document's end in so short a run: without this no model learns to start from nothing.
+            reset_every=STRETCH if stream else None,
         ),
         optimizer=OptimizerConfig(learning_rate=learning_rate),
         schedule=ScheduleConfig(warmup=0.1),
@@ -178,15 +188,13 @@ def train_config(scale: Scale, model: str, corpus: str, path: pathlib.Path, step
     )
 
 
-def job(request: dict[str, Any]) -> dict[str, Any]:
-    """Train one model, score it, return numbers. Runs in a process of its own."""
+def train(request: dict[str, Any]) -> dict[str, Any]:
+    """Train one model (`grid`, `final`, `speed`) and score it on the validation split."""
     import statistics
     import time
 
-    from seqjax.data import Corpus
-    from seqjax.evaluate import head, perplexity
     from seqjax.models import parameter_count
-    from seqjax.train import Trainer, load_run
+    from seqjax.train import Trainer
 
     scale = SCALES[request["scale"]]
     path, run = pathlib.Path(request["corpus_path"]), pathlib.Path(request["run"])
@@ -195,8 +203,6 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
     try:
         Trainer(config, run, resume="auto", quiet=True).run()
     except FloatingPointError as error:
-        if request["kind"] != "grid":
-            raise
         return {"diverged": str(error)}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = {
@@ -205,28 +211,42 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
         "train_loss": statistics.mean(r["loss"] for r in records[-20:] if "loss" in r),
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in records[2:] if "tokens_per_second" in r),
     }
-    if request["kind"] == "speed":
-        return result
+    if request["kind"] != "speed":
+        tokens = scale.grid_tokens if request["kind"] == "grid" else scale.validation_tokens
+        result["validation"] = carried(run, path, "validation", scale, tokens)
+    return result
+
+
+def score(request: dict[str, Any]) -> dict[str, Any]:
+    """Score a final run on the test split: with the state carried through each document, and from an empty state."""
+    from seqjax.data import Corpus
+    from seqjax.evaluate import perplexity
+    from seqjax.train import load_run
+
+    scale = SCALES[request["scale"]]
+    path, run = pathlib.Path(request["corpus_path"]), pathlib.Path(request["final"])
+    result = {"test": carried(run, path, "test", scale, scale.test_tokens)}
     _, model, _ = load_run(run)
-
-    def carried(split: str, max_tokens: int | None):
-        corpus = Corpus.open(str(path), split)
-        # A row reads whole documents: more rows than documents in the part to be scored would idle. The window is a matter of cost.
-        rows = max(1, min(8, head(corpus, max_tokens).num_documents))
-        return perplexity(model, corpus, window=4 * scale.window, batch_size=rows, max_tokens=max_tokens)
-
-    if request["kind"] == "grid":
-        return result | {"validation": carried("validation", scale.grid_tokens).to_dict()}
-    result["validation"] = carried("validation", scale.validation_tokens).to_dict()
-    result["test"] = carried("test", scale.test_tokens).to_dict()
-    test = Corpus.open(str(path), "test")
+    corpus = Corpus.open(str(path), "test")
     # From an empty state at the start of every window, of the training's length and of 16 times that.
     for name, window, rows in (("reset", scale.window, 16), ("stretch", STRETCH * scale.window, 4)):
-        score = perplexity(
-            model, test, state="reset", window=window, batch_size=rows, max_tokens=scale.test_tokens
+        result[name] = perplexity(
+            model, corpus, state="reset", window=window, batch_size=rows, max_tokens=scale.test_tokens
         ).to_dict()
-        result[f"test_{name}"] = score
     return result
+
+
+def carried(run: pathlib.Path, path: pathlib.Path, split: str, scale: Scale, max_tokens: int | None) -> dict[str, Any]:
+    """Scores of a run with the state carried through each document."""
+    from seqjax.data import Corpus
+    from seqjax.evaluate import head, perplexity
+    from seqjax.train import load_run
+
+    _, model, _ = load_run(run)
+    corpus = Corpus.open(str(path), split)
+    # A row reads whole documents: more rows than documents in the part to be scored would idle. The window is a matter of cost.
+    rows = max(1, min(8, head(corpus, max_tokens).num_documents))
+    return perplexity(model, corpus, window=4 * scale.window, batch_size=rows, max_tokens=max_tokens).to_dict()
 
 
 def run_jobs(requests: list[dict[str, Any]], directory: pathlib.Path, workers: int) -> list[dict[str, Any]]:
@@ -264,6 +284,8 @@ def run_jobs(requests: list[dict[str, Any]], directory: pathlib.Path, workers: i
 def describe(result: dict[str, Any]) -> str:
     if "diverged" in result:
         return f"diverged: {result['diverged']}"
+    if "test" in result:
+        return f"test {result['test']['bits_per_byte']:.4f} bits/byte"
     text = f"train loss {result['train_loss']:.3f}, {result['tokens_per_second']:,.0f} tokens/s"
     if "validation" in result:
         text += f", validation {result['validation']['bits_per_byte']:.4f} bits/byte"
@@ -305,16 +327,28 @@ def run(scale: str, directory: pathlib.Path, options: dict[str, str]) -> dict[st
                 for rate in sorted(rates[model] - set(losses[model]))
             ]
             for trial, outcome in zip(grid, run_jobs(grid, directory, workers)):
-                diverged = "diverged" in outcome
-                loss = math.inf if diverged else outcome["validation"]["nats_per_token"]
-                losses[trial["model"]][trial["learning_rate"]] = loss
+                losses[trial["model"]][trial["learning_rate"]] = validation_loss(outcome)
             best = {model: min(losses[model], key=losses[model].__getitem__) for model in models}
             if extension < sizes.extensions:
                 for model in models:
                     rates[model] |= beyond(best[model], rates[model])
-        finals = run_jobs(
-            [request("final", model, corpus, sizes.steps[corpus], best[model]) for model in models], directory, workers
-        )
+        trials = [
+            request("final", model, corpus, sizes.steps[corpus], rate)
+            for model in models
+            for rate in sorted(losses[model], key=losses[model].__getitem__)[: sizes.finalists]
+        ]
+        full: dict[str, dict[float, dict[str, Any]]] = {model: {} for model in models}
+        for trial, outcome in zip(trials, run_jobs(trials, directory, workers)):
+            full[trial["model"]][trial["learning_rate"]] = outcome
+        best = {model: min(full[model], key=lambda rate: validation_loss(full[model][rate])) for model in models}
+        finals = [full[model][best[model]] for model in models]
+        if diverged := [model for model, final in zip(models, finals) if "diverged" in final]:
+            raise FloatingPointError(f"{corpus}: every final run diverged of {', '.join(diverged)}")
+        scoring = []
+        for model in models:
+            winner = request("final", model, corpus, sizes.steps[corpus], best[model])
+            scoring.append(request("test", model, corpus, 0, best[model]) | {"final": winner["run"]})
+        tests = run_jobs(scoring, directory, workers)
         # Alone on the machine, all cores: the only fair time.
         speeds = run_jobs(
             [request("speed", model, corpus, sizes.speed_steps, best[model]) for model in models], directory, 1
@@ -328,20 +362,31 @@ def run(scale: str, directory: pathlib.Path, options: dict[str, str]) -> dict[st
                 "tokens/s": round(speed["tokens_per_second"]),
                 "valid ppl/word": round(final["validation"]["word_perplexity"], 2),
                 "valid bits/byte": round(final["validation"]["bits_per_byte"], 4),
-                "test ppl/word": round(final["test"]["word_perplexity"], 2),
-                "test bits/byte": round(final["test"]["bits_per_byte"], 4),
-                f"test bits/byte, reset every {sizes.window}": round(final["test_reset"]["bits_per_byte"], 4),
+                "test ppl/word": round(test["test"]["word_perplexity"], 2),
+                "test bits/byte": round(test["test"]["bits_per_byte"], 4),
+                f"test bits/byte, reset every {sizes.window}": round(test["reset"]["bits_per_byte"], 4),
             }
-            for model, final, speed in zip(models, finals, speeds)
+            for model, final, test, speed in zip(models, finals, tests, speeds)
         ]
         tried = sorted(set().union(*losses.values()))
         tables[f"{corpus}: learning-rate grid, validation nats/token after {sizes.grid_steps[corpus]} steps"] = [
             {"model": model, **{f"{rate:g}": rounded(losses[model].get(rate)) for rate in tried}} for model in models
         ]
+        tried = sorted(set().union(*full.values()))
+        tables[f"{corpus}: final runs, validation nats/token after {sizes.steps[corpus]} steps"] = [
+            {
+                "model": model,
+                **{
+                    f"{rate:g}": rounded(validation_loss(full[model][rate]) if rate in full[model] else None)
+                    for rate in tried
+                },
+            }
+            for model in models
+        ]
         if corpus == "pg19":
             curves = {
-                model: {name: final[f"test_{name}"]["by_window_position"] for name in ("stretch", "reset")}
-                for model, final in zip(models, finals)
+                model: {name: test[name]["by_window_position"] for name in ("stretch", "reset")}
+                for model, test in zip(models, tests)
             }
             tables["pg19: test loss (nats/token) by training windows since the state was empty"] = position_rows(
                 curves, sizes.window
@@ -349,6 +394,10 @@ def run(scale: str, directory: pathlib.Path, options: dict[str, str]) -> dict[st
             picture = pathlib.Path(__file__).parent / "results" / f"{scale}-loss-by-position.png"
             plot(curves, sizes.window, picture)
     return {"tables": tables, "curves": curves, "workers": workers, "sizes": dataclasses.asdict(sizes)}
+
+
+def validation_loss(outcome: dict[str, Any]) -> float:
+    return math.inf if "diverged" in outcome else outcome["validation"]["nats_per_token"]
 
 
 def beyond(best: float, rates: set[float]) -> set[float]:
@@ -421,5 +470,6 @@ if __name__ == "__main__":
     if wanted:
         # Before jax starts: its thread pool has as many threads as the process may use cores.
         os.sched_setaffinity(0, {int(core) for core in wanted.split(",")})
-    outcome = job(json.loads(request_file.read_text()))
+    work = json.loads(request_file.read_text())
+    outcome = score(work) if work["kind"] == "test" else train(work)
     request_file.with_name("result.json").write_text(json.dumps(outcome))
