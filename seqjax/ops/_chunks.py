@@ -14,6 +14,8 @@ all of one sign, so nothing cancels, and a log decay of -inf is as good as any o
 
 Layout inside a chunked form: [N, M, B, G, R, C, .] with N groups of M chunks of C tokens and heads split as [G, R], H = G*R
 (query/key head ``g`` serves value heads ``g*R .. g*R+R-1``): queries and keys have R = 1 and broadcast, they are never repeated.
+Those of the axes B, G and R that have size 1 in every array are left out: beside one, XLA's CPU backend (jaxlib 0.10) is up to 25
+times slower at the sums of the backward pass. (Merging B with the heads instead would undo their sharding.)
 """
 
 from collections.abc import Callable
@@ -201,17 +203,8 @@ def decayed_scores(
         else:
             between, sums = _scalar_sums(jnp.maximum(log_decay, _FLOOR))
             decay = _masked_exp(between, pair)
-            scores = [_decayed(s, decay) for s in scores]
+            scores = [s * decay for s in scores]
     return scores, Decays(*(_masked_exp(x, mask) for x, mask in zip(sums, (from_start, to_end, across))))
-
-
-def _decayed(scores, decay):
-    """scores [.., G, 1, C, C] times decay [.., G, R, C, C]. One group loses its axis for it: XLA's CPU backend (jaxlib 0.10) sums over
-    R in the backward pass 25 times more slowly beside an axis of size 1.
-    """
-    if scores.ndim < 4 or scores.shape[-4] != 1 or scores.shape[-3:] == decay.shape[-3:]:
-        return scores * decay
-    return jnp.expand_dims(jnp.squeeze(scores, -4) * jnp.squeeze(decay, -4), -4)
 
 
 def _masked_exp(exponent, mask):
@@ -335,7 +328,9 @@ def scan_tokens(
 
 
 class Chunks(NamedTuple):
-    """Token arrays of M chunks, [M, B, G, R, C, .] (None where the op was given none), and their documents, [M, B, 1, 1, C]."""
+    """Token arrays of M chunks, [M, B, G, R, C, .] (None where the op was given none), and their documents, [M, B, 1, 1, C]; without the
+    axes that have size 1 throughout.
+    """
 
     tokens: tuple[Any, ...]
     documents: Documents | None
@@ -361,21 +356,27 @@ def scan_chunks(
     per_group = -(-chunks // count)
     padding = count * per_group * chunk_size - length
 
+    batch, _, heads = tokens[2].shape[:3]
+    unit = [axis for axis, size in enumerate((batch, groups, heads // groups)) if size == 1]  # among B, G, R
+
     def layout(x):  # [B, T, H or G, ...] -> [N, M, B, G, R, C, ...]
         x = jnp.pad(split_heads(x, groups), [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 1))
         x = x.reshape((x.shape[0], count, per_group, chunk_size) + x.shape[2:])
-        return jnp.moveaxis(x, (1, 2, 0, 4, 5, 3), range(6))
+        return jnp.squeeze(jnp.moveaxis(x, (1, 2, 0, 4, 5, 3), range(6)), [2 + axis for axis in unit])
 
     numbers = None
     if documents is not None:
         token = jnp.pad(documents, [(0, 0), (0, padding)], mode="edge").reshape(-1, count * per_group, chunk_size)
         token = jnp.moveaxis(token, 0, 1)  # [N*M, B, C]
         carried = jnp.pad(token[:-1, :, -1], [(1, 0), (0, 0)])  # number 0 continues the initial state
-        lead = (count, per_group, -1, 1, 1)
+        lead = (count, per_group, *(size for axis, size in enumerate((batch, 1, 1)) if axis not in unit))
         numbers = Documents(token.reshape(lead + (chunk_size,)), carried.reshape(lead))
     inputs = Chunks(tuple(None if x is None else layout(x) for x in tokens), numbers)
-    final, output = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), split_heads(state, groups, axis=1), inputs)
-    output = jnp.moveaxis(output, range(6), (1, 2, 0, 4, 5, 3))  # [B, N, M, C, G, R, V]
+    start = jnp.squeeze(split_heads(state, groups, axis=1), unit)
+    final, output = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, inputs)
+    output = jnp.moveaxis(
+        jnp.expand_dims(output, [2 + axis for axis in unit]), range(6), (1, 2, 0, 4, 5, 3)
+    )  # [B, N, M, C, G, R, V]
     output = output.reshape(output.shape[0], length + padding, -1, output.shape[-1])
     return output[:, :length], final.reshape(state.shape)
 
