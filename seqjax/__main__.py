@@ -2,6 +2,6 @@
 
 import sys
 
-from seqjax.cli import main
+from seqjax.cli._process import entry
 
-sys.exit(main())
+sys.exit(entry())

@@ -9,7 +9,7 @@
 | ``transformers`` | training and decoding against Hugging Face transformers with the same dimensions | >= 2x |
 
 Ratios are taken inside one process with the candidates interleaved, so that drift of the machine cancels; a result file holds the
-load average before the run.
+load average before the run. Like every command that computes, it runs with huge pages where it can (``seqjax.cli._process``).
 """
 
 import dataclasses
