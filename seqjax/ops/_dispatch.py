@@ -6,24 +6,27 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels
-
 Implementation: TypeAlias = Literal["reference", "xla", "pallas"]
 
 
-def resolve_implementation(op: str, implementation: str | None) -> str:
-    """Name of the form to run: ``None`` picks the best that exists here, a name is obeyed or refused.
+def resolve_implementation(op: str, implementation: str | None, refusal: str | None = "does not exist yet") -> str:
+    """Name of the form to run: ``None`` picks the best that runs here, a name is obeyed or refused.
+
+    Args:
+        op: name used in messages.
+        implementation: as the caller gave it.
+        refusal: why the Pallas kernel cannot take this call, or None if it can.
 
     Raises:
         ValueError: the name is none of "reference", "xla", "pallas".
-        NotImplementedError: "pallas" was asked for and there is no kernel for ``op``.
+        NotImplementedError: "pallas" was asked for and the kernel refuses.
     """
     if implementation is None:
-        return "xla"
+        return "xla" if refusal is not None else "pallas"
     if implementation not in ("reference", "xla", "pallas"):
         raise ValueError(f"{op}: `implementation` is {implementation!r}; expected None, 'reference', 'xla' or 'pallas'")
-    if implementation == "pallas" and op not in pallas_kernels.AVAILABLE:
-        raise NotImplementedError(f"{op}: there is no Pallas kernel for this op yet; use implementation=None or 'xla'")
+    if implementation == "pallas" and refusal is not None:
+        raise NotImplementedError(f"{op}: the Pallas kernel {refusal}; use implementation=None or 'xla'")
     return implementation
 
 

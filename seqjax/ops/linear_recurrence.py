@@ -8,16 +8,18 @@ The recurrence of RG-LRU (arXiv:2402.19427, eq. 4), HGRN (arXiv:2311.04823), min
 Forms: ``"reference"`` is one step per token. ``"xla"`` cuts time into chunks and runs all chunks side by side: once for what
 each chunk adds and by how much it decays, then one short scan over the chunks, then once more from the right states. It
 multiplies decays and never divides by them, so any decay is safe, 0 included. Its backward is the same three passes reversed.
+``"pallas"`` (``pallas_kernels.linear_recurrence``) walks over time once with the state on chip.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
+from pallas_kernels import linear_recurrence as kernel
 from seqjax.ops._dispatch import (
     check_chunk_size,
     check_floating,
@@ -26,6 +28,7 @@ from seqjax.ops._dispatch import (
     resolve_implementation,
     state_dtype,
 )
+from seqjax.ops._mesh import per_device
 from seqjax.ops._segments import Segments, clear_padding, segment_info
 
 OP = "linear_recurrence"
@@ -52,7 +55,7 @@ def linear_recurrence(
         segment_ids: documents of a packed row ``[B, T]``: a change of id resets the state, 0 is padding.
         chunk_size: tokens per chunk of the ``"xla"`` form; by default near the value that minimises the number of
             sequential steps, ``2 C + T / C``.
-        implementation: ``"reference"``, ``"xla"`` or None (the best here).
+        implementation: ``"reference"``, ``"xla"``, ``"pallas"`` (GPU and TPU) or None (the best here).
 
     Returns:
         ``(h, state)``: all states ``[B, T, D]`` in the dtype of ``x`` (complex if the state is) and the last one ``[B, D]``
@@ -60,7 +63,7 @@ def linear_recurrence(
 
     Raises:
         ValueError: shapes or dtypes do not fit, or not exactly one of ``log_decay`` and ``decay`` was given.
-        NotImplementedError: ``implementation="pallas"`` where there is no kernel.
+        NotImplementedError: ``implementation="pallas"`` where there is no kernel (the message says why).
 
     Example:
         >>> x = jnp.ones((1, 4, 1))
@@ -68,7 +71,6 @@ def linear_recurrence(
         >>> h[0, :, 0].tolist()
         [1.0, 1.5, 1.75, 1.875]
     """
-    form = resolve_implementation(OP, implementation)
     if (log_decay is None) == (decay is None):
         given = "neither" if decay is None else "both"
         raise ValueError(f"{OP}: give exactly one of `log_decay` and `decay`; got {given}")
@@ -87,20 +89,25 @@ def linear_recurrence(
     check_segment_ids(OP, segment_ids)
     check_chunk_size(OP, chunk_size)
     dtype = state_dtype(x, log_decay, decay, initial_state)
-    output_dtype = dtype if jnp.issubdtype(dtype, jnp.complexfloating) else x.dtype
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    output_dtype = dtype if is_complex else x.dtype
+    x = x.astype(output_dtype)
     if initial_state is None:
         initial_state = jnp.zeros((sizes["B"], sizes["D"]), dtype)
     initial_state = initial_state.astype(dtype)
-    segments = None
-    if segment_ids is not None:
-        segments = segment_info(segment_ids)
-        x = clear_padding(segments.real, x)
-        log_decay = None if log_decay is None else clear_padding(segments.real, log_decay)
-        decay = None if decay is None else clear_padding(segments.real, decay, 1.0)
+    segments = None if segment_ids is None else segment_info(segment_ids)
+    if log_decay is not None and is_complex:
+        log_decay = log_decay if segments is None else clear_padding(segments.real, log_decay)
+        log_decay, decay = None, jnp.exp(log_decay).astype(dtype)
+    gate = cast(Array, decay if log_decay is None else log_decay)
+    refusal = kernel.refusal(x, gate) if sizes["T"] > 1 else "is for more than one token"
+    form = resolve_implementation(OP, implementation, refusal)
+    if form == "pallas":
+        return _pallas(gate, x, initial_state, segments, log=decay is None)
     x = x.astype(dtype)
-    if log_decay is not None:
-        decay = jnp.exp(log_decay.astype(jnp.finfo(dtype).dtype))
-    a = jnp.asarray(decay, dtype)
+    if segments is not None:
+        x, gate = clear_padding(segments.real, x), clear_padding(segments.real, gate, 0.0 if decay is None else 1.0)
+    a = (jnp.exp(gate.astype(dtype)) if decay is None else gate).astype(dtype)
     if sizes["T"] == 0:
         return x.astype(output_dtype), initial_state
     if form == "reference":
@@ -112,6 +119,22 @@ def linear_recurrence(
     if segments is not None:
         h = clear_padding(segments.real, h)
     return h.astype(output_dtype), state
+
+
+def _pallas(
+    gate: Array, x: Array, initial_state: Array, segments: Segments | None, *, log: bool
+) -> tuple[Array, Array]:
+    """The kernel, which looks at the kind of a token instead of at cleared arrays: a pass over the data less."""
+    kind = None
+    if segments is not None:
+        kind = jnp.where(segments.real, jnp.where(segments.start, kernel.START, kernel.ORDINARY), kernel.PADDING)
+    h, state = per_device(
+        functools.partial(kernel.linear_recurrence, log=log),
+        (gate, x, initial_state, kind),
+        ("B T D", "B T D", "B D", "B T"),
+        ("B T D", "B D"),
+    )
+    return h if segments is None else clear_padding(segments.real, h), state
 
 
 def _reference(a: Array, x: Array, initial_state: Array, segments: Segments | None) -> tuple[Array, Array]:

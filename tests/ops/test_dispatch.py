@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import pytest
 
-import pallas_kernels
 from seqjax.ops._dispatch import check_shapes, resolve_implementation, state_dtype
 
 
@@ -14,11 +13,11 @@ def test_none_picks_a_form_that_exists_and_a_name_is_obeyed():
         resolve_implementation("linear_recurrence", "cuda")
 
 
-def test_a_missing_kernel_is_refused_and_never_replaced(monkeypatch):
-    monkeypatch.setattr(pallas_kernels, "AVAILABLE", frozenset({"linear_attention"}))
-    assert resolve_implementation("linear_attention", "pallas") == "pallas"
-    with pytest.raises(NotImplementedError, match="selective_scan: there is no Pallas kernel"):
-        resolve_implementation("selective_scan", "pallas")
+def test_a_kernel_that_refuses_is_never_replaced_silently():
+    assert resolve_implementation("op", "pallas", None) == resolve_implementation("op", None, None) == "pallas"
+    assert resolve_implementation("op", None, "has its reasons") == "xla"
+    with pytest.raises(NotImplementedError, match="op: the Pallas kernel has its reasons"):
+        resolve_implementation("op", "pallas", "has its reasons")
 
 
 def test_shapes_are_checked_against_each_other_and_against_numbers():

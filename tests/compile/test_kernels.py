@@ -1,0 +1,65 @@
+"""Every kernel, forward and backward, passes the real TPU compiler (needs libtpu: ``pip install seqjax[tpu]``)."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from seqjax.ops import linear_recurrence
+
+pytestmark = pytest.mark.compile
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+@functools.cache
+def mesh(chip):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.fail("the compile tier needs libtpu: pip install 'seqjax[tpu]'")
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
+    return Mesh(np.array([device]), ("data",))
+
+
+def compile_gradient(function, arrays, chip, others=()):
+    """Compile function and its gradient in all arrays, given as shapes, for a chip that is not here."""
+
+    def loss(arrays, others):
+        return sum(jnp.sum(jnp.real(leaf).astype(jnp.float32)) for leaf in function(*arrays, *others))
+
+    everywhere = NamedSharding(mesh(chip), PartitionSpec())
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), (arrays, others))
+    with jax.sharding.use_abstract_mesh(mesh(chip).abstract_mesh):
+        lowered = jax.jit(jax.value_and_grad(loss, argnums=0)).lower(*arguments)
+    return lowered.compile()
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize(
+    ("dtype", "batch", "time", "channels"),
+    [
+        (jnp.float32, 2, 2048, 2048),
+        (jnp.bfloat16, 2, 2048, 2560),
+        (jnp.bfloat16, 3, 1000, 200),
+        (jnp.complex64, 2, 512, 384),
+    ],
+    ids=["f32", "bf16", "ragged", "complex"],
+)
+def test_linear_recurrence(chip, dtype, batch, time, channels, packed):
+    is_complex = dtype == jnp.complex64
+    tokens = jax.ShapeDtypeStruct((batch, time, channels), dtype)
+    state = jax.ShapeDtypeStruct((batch, channels), dtype if is_complex else jnp.float32)
+    others = (jax.ShapeDtypeStruct((batch, time), jnp.int32),) if packed else ()
+    name = "decay" if is_complex else "log_decay"
+
+    def call(x, gate, state, ids=None):
+        return linear_recurrence(x, **{name: gate}, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    text = compile_gradient(call, (tokens, tokens, state), chip, others).as_text()
+    for kernel in ("linear_recurrence_forward", "linear_recurrence_backward"):
+        assert kernel in text

@@ -1,0 +1,161 @@
+"""The laws for Pallas kernels, interpreted: the numbers of the TPU and GPU kernels against the float64 oracle.
+
+`tests/compile` shows that the same kernels pass the real compilers, `scripts/device_check.sh` that they are right on a device.
+"""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import pallas_kernels
+from tests.laws import harness
+from tests.laws.harness import TOLERANCE, assert_close_rms, assert_finite
+from tests.laws.test_ops import OPS, PACKED_IDS, TIME, extreme_inputs, inputs_of, separate_oracle
+
+KERNELS = ("linear_recurrence", "linear_recurrence_complex")
+SPECS = [spec for spec in OPS if spec.name in KERNELS]
+GPU = pytest.param(
+    "gpu",
+    marks=pytest.mark.skipif(
+        jax.version.__version_info__ < (0, 11), reason="the GPU interpreter came with jax 0.11 (Python 3.12)"
+    ),
+)
+every_kernel = pytest.mark.parametrize("spec", SPECS, ids=repr)
+every_platform = pytest.mark.parametrize("platform", ["tpu", GPU])
+
+
+@functools.cache
+def compiled_gradients(spec, platform):
+    """As ``harness.compiled_gradients``, traced for an interpreted platform."""
+    function = harness.compiled_gradients.__wrapped__(spec, "pallas")
+
+    def run(*arguments):
+        with pallas_kernels.interpreted(platform):
+            return function(*arguments)
+
+    return run
+
+
+@every_platform
+@every_kernel
+@pytest.mark.parametrize("time", [3, 37])
+def test_the_kernel_and_all_its_gradients_equal_the_definition(spec, platform, time):
+    inputs = inputs_of(spec, time)
+    result = harness.compiled(spec, "reference")(inputs, None)
+    for scales in ((1.0, 1.0), (0.0, 1.0)):  # the second is a loss of the final state only
+        weights = harness.random_weights(result, output=scales[0], state=scales[1])
+        expected = harness.oracle_gradients(spec, inputs, weights)
+        assert_close_rms(compiled_gradients(spec, platform)(inputs, None, weights), expected, TOLERANCE["float32"])
+
+
+@every_platform
+@every_kernel
+@pytest.mark.parametrize("garbage", [0.0, np.nan], ids=["clean", "nan"])
+def test_a_packed_row_is_its_documents_and_padding_cannot_leak(spec, platform, garbage):
+    clean = inputs_of(spec, batch=len(PACKED_IDS))
+    padding = jnp.asarray(PACKED_IDS == 0)
+    inputs = {
+        name: jnp.where(padding[..., None], garbage, a).astype(a.dtype) if name in spec.time_inputs else a
+        for name, a in clean.items()
+    }
+    weights = harness.random_weights(harness.compiled(spec, "reference")(clean, jnp.asarray(PACKED_IDS)))
+    actual = compiled_gradients(spec, platform)(inputs, jnp.asarray(PACKED_IDS), weights)
+    assert_close_rms(actual, separate_oracle(spec), TOLERANCE["float32"])
+    for name in spec.time_inputs:
+        assert not np.any(np.asarray(actual[1][name])[np.asarray(padding)]), f"{name}: padding has a gradient"
+
+
+@every_platform
+@every_kernel
+def test_bfloat16_inputs_lose_only_their_own_rounding(spec, platform):
+    inputs = inputs_of(spec, dtype="bfloat16")
+    weights = harness.random_weights(harness.compiled(spec, "reference")(inputs, None))
+    result, gradients = compiled_gradients(spec, platform)(inputs, None, weights)
+    assert_close_rms((result, gradients), harness.oracle_gradients(spec, inputs, weights), spec.bfloat16_ratio)
+    assert {name: g.dtype for name, g in gradients.items()} == {name: a.dtype for name, a in inputs.items()}
+
+
+@every_kernel
+def test_extreme_inputs_stay_finite_and_right(spec):
+    inputs = spec.make(jax.random.key(1), 1, 300, jnp.float32)
+    function = compiled_gradients(spec, "tpu")
+    for name, case in (extreme_inputs(spec, inputs) or {"ordinary": inputs}).items():
+        weights = harness.random_weights(jax.eval_shape(spec.call, case), output=1 / 300)
+        actual, gradients = function(case, None, weights)
+        assert_finite((actual, gradients), name)
+        assert_close_rms(actual, harness.oracle(spec, case), 3 * TOLERANCE["float32"], name)
+
+
+@every_kernel
+def test_vmap_and_remat_change_nothing(spec):
+    inputs, other = inputs_of(spec), spec.make(jax.random.key(9), 2, TIME, jnp.float32)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), inputs, other)
+    ids = jnp.asarray(PACKED_IDS[:2])
+    weights = harness.random_weights(harness.compiled(spec, "reference")(inputs, ids))
+
+    def loss(inputs):
+        call = jax.checkpoint(lambda inputs: spec.call(inputs, segment_ids=ids, implementation="pallas"))
+        return harness.weighted_sum(call(inputs), weights)
+
+    with pallas_kernels.interpreted("tpu"):
+        together = jax.jit(jax.vmap(jax.grad(loss)))(stacked)
+    separate = [harness.oracle_gradients(spec, each, weights, ids)[1] for each in (inputs, other)]
+    assert_close_rms(together, jax.tree.map(lambda *a: np.stack(a), *separate), TOLERANCE["float32"])
+
+
+@every_kernel
+def test_eight_devices_over_rows_and_channels(spec):
+    inputs = spec.make(jax.random.key(4), 4, TIME, jnp.float32)
+    inputs = {name: jnp.concatenate([a] * 2, -1) for name, a in inputs.items()}  # an even number of channels
+    ids = jnp.asarray(PACKED_IDS)
+    weights = harness.random_weights(harness.compiled(spec, "reference")(inputs, ids))
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    function = harness.compiled_gradients.__wrapped__(spec, "pallas")
+    with pallas_kernels.interpreted("tpu"), jax.set_mesh(mesh):
+        text = function.lower(inputs, ids, weights).compile().as_text()
+        actual = jax.device_get(function(inputs, ids, weights))
+    assert_close_rms(actual, harness.oracle_gradients(spec, inputs, weights, ids), TOLERANCE["float32"])
+    assert "all-gather" not in text, "a kernel that runs per device needs nothing from the others"
+
+
+SHAPES = st.tuples(st.integers(1, 9), st.integers(2, 70), st.sampled_from([1, 5, 128, 130, 384]))
+
+
+@hypothesis.settings(
+    max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+@hypothesis.given(SHAPES, st.sampled_from(["float32", "bfloat16"]), st.booleans())
+def test_any_shape_and_mixed_decays(shape, dtype, packed):
+    batch, time, dim = shape
+    generator = np.random.default_rng(hash(shape) % 2**32)
+    spec = SPECS[0]
+    decays = -(10.0 ** generator.uniform(-6, 0, (batch, time, dim)))
+    decays[generator.random(decays.shape) < 0.05] = -np.inf
+    inputs = {
+        "x": jnp.asarray(generator.standard_normal((batch, time, dim)), dtype),
+        "log_decay": jnp.asarray(decays, dtype),
+        "initial_state": jnp.asarray(generator.standard_normal((batch, dim)), jnp.float32),
+    }
+    ids = jnp.asarray(np.cumsum(generator.random((batch, time)) < 0.1, 1) % 4) if packed else None
+    weights = harness.random_weights(jax.eval_shape(spec.call, inputs))
+    actual = compiled_gradients(spec, "tpu")(inputs, ids, weights)
+    assert_close_rms(actual, harness.oracle_gradients(spec, inputs, weights, ids), TOLERANCE[dtype])
+
+
+def test_a_kernel_says_why_it_cannot_run_here():
+    inputs = inputs_of(SPECS[0])
+    with pytest.raises(NotImplementedError, match="the Pallas kernel runs on TPU and GPU, and this is a cpu"):
+        SPECS[0].call(inputs, implementation="pallas")
+    with pytest.raises(ValueError, match="`platform` is 'cpu'"), pallas_kernels.interpreted("cpu"):
+        pass
+    with pallas_kernels.interpreted("tpu"), jax.enable_x64(True):
+        wide = {name: a.astype(jnp.float64) for name, a in inputs.items()}
+        with pytest.raises(NotImplementedError, match="takes float32, bfloat16 and complex64; got float64"):
+            SPECS[0].call(wide, implementation="pallas")
+        assert SPECS[0].call(wide)[0].dtype == jnp.float64  # None falls back
