@@ -3,9 +3,11 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+
+_OLDEST_FOR_GPU = (0, 11)
 
 
 class Target(NamedTuple):
@@ -32,6 +34,21 @@ def target() -> Target:
     return Target(_NAMES.get(platform, platform), False)
 
 
+def refusal() -> str | None:
+    """Why no kernel runs where this is traced, or None."""
+    here = target()
+    if here.platform == "gpu":
+        if jax.version.__version_info__ < _OLDEST_FOR_GPU:
+            return f"for GPUs needs jax >= 0.11 (Python >= 3.12); this is jax {jax.__version__}"
+        if not here.interpret and jax.default_backend() == "gpu":
+            capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+            if not capability.startswith("9."):
+                return f"is for Hopper GPUs (compute capability 9.x); this one has {capability or 'none'}"
+    elif here.platform != "tpu":
+        return f"runs on TPU and GPU, and this is a {here.platform}"
+    return None
+
+
 @contextlib.contextmanager
 def interpreted(platform: str) -> Iterator[None]:
     """Trace the kernels of ``platform`` ("tpu" or "gpu") and interpret them: their numbers, without the device.
@@ -48,3 +65,11 @@ def interpreted(platform: str) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+def gpu_interpreter() -> contextlib.AbstractContextManager[Any]:
+    """Context in which GPU kernels are interpreted, races between threads and copies being errors."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    module: Any = mosaic_gpu  # jax >= 0.11 has these names
+    return module.force_gpu_interpret_mode(module.InterpretGPUParams(detect_races=True))

@@ -4,17 +4,25 @@ The op is bound by memory bandwidth everywhere: the forward kernel reads a and x
 da and dx, and no array of size T exists besides these. States, products and exponentials are float32.
 """
 
+import contextlib
 import functools
-from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._target import Target, target
+from pallas_kernels import _target
+from pallas_kernels._target import Target
 
 Planes = tuple[jax.Array, ...]
 START, ORDINARY, PADDING = 2, 1, 0
 """Kinds of tokens: the first of a document (the state before it does not count), any other, none (the state stays as it is)."""
+
+MEASURED: frozenset[str] = frozenset()
+"""Platforms on which a device has confirmed the kernel's results and found it faster than the XLA form."""
+
+_GPU_CHANNELS = 8  # rows of a multiple of 16 bytes, which TMA needs; others are padded by a copy
+_ROWS = 65535  # blocks along an axis of a CUDA grid
 
 
 def linear_recurrence(
@@ -42,34 +50,46 @@ def linear_recurrence(
     Raises:
         NotImplementedError: ``refusal`` has something to say.
     """
-    here = target()
     if (reason := refusal(x, gate)) is not None:
         raise NotImplementedError(f"linear_recurrence: the kernel {reason}")
+    here, channels = _target.target(), x.shape[-1]
+    extra = -channels % _GPU_CHANNELS if here.platform == "gpu" else 0
+    if extra:
+        gate, x, initial_state = (jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, extra)]) for a in (gate, x, initial_state))
     h, final = _recurrence(_planes(gate), _planes(x), _planes(initial_state), kind, log, here)
-    return _join(h, x.dtype), _join(final, initial_state.dtype)
+    return _join(h, x.dtype)[..., :channels], _join(final, initial_state.dtype)[..., :channels]
 
 
 def refusal(x: jax.Array, gate: jax.Array) -> str | None:
-    """Why there is no kernel for this call here, or None."""
-    here = target()
-    if here.platform not in ("tpu", "gpu"):
-        return f"runs on TPU and GPU, and this is a {here.platform}"
-    supported = (jnp.float32, jnp.bfloat16, jnp.complex64)
+    """Why there is no kernel for this call where it is traced, or None."""
+    if (reason := _target.refusal()) is not None:
+        return reason
     for array in (x, gate):
-        if array.dtype not in supported:
+        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.complex64):
             return f"takes float32, bfloat16 and complex64; got {array.dtype}"
-    return getattr(_kernels(here), "refusal", lambda x, gate: None)(x, gate)
+    if x.size == 0:
+        return f"takes no empty arrays; got {x.shape}"
+    if x.shape[0] > _ROWS and _target.target().platform == "gpu":
+        return f"takes at most {_ROWS} rows on a GPU; got {x.shape[0]}"
+    return None
 
 
-def _kernels(here: Target) -> ModuleType:
+def is_preferred() -> bool:
+    """Whether the kernel is the one to take where it runs, as far as that was measured."""
+    return _target.target().platform in MEASURED
+
+
+def _call(here: Target, name: str, *arguments: Any, log: bool) -> Any:
+    """``forward`` or ``backward`` of the device's module."""
     # Imported here: Pallas' device modules take a second that those who compute on a CPU should not pay.
     if here.platform == "tpu":
         from pallas_kernels.linear_recurrence import tpu
 
-        return tpu
+        return getattr(tpu, name)(*arguments, log=log, interpret=here.interpret)
     from pallas_kernels.linear_recurrence import gpu
 
-    return gpu
+    with _target.gpu_interpreter() if here.interpret else contextlib.nullcontext():
+        return getattr(gpu, name)(*arguments, log=log)
 
 
 def _planes(array: jax.Array) -> Planes:
@@ -82,7 +102,7 @@ def _join(planes: Planes, dtype: jnp.dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _recurrence(gate: Planes, x: Planes, state: Planes, kind, log: bool, here: Target) -> tuple[Planes, Planes]:
-    return _kernels(here).forward(gate, x, state, kind, log=log, interpret=here.interpret)
+    return _call(here, "forward", gate, x, state, kind, log=log)
 
 
 def _forward(gate, x, state, kind, log, here):
@@ -93,10 +113,9 @@ def _forward(gate, x, state, kind, log, here):
 def _backward(log, here, residuals, cotangents):
     gate, h, state, kind = residuals
     dh, dfinal = cotangents
-    # The cotangent of a complex number in JAX transposes without conjugation: dL = Re(ct dz), so that its imaginary plane is -ct.imag.
-    dgate, dx, dstate = _kernels(here).backward(
-        gate, h, state, _conjugate(dh), _conjugate(dfinal), kind, log=log, interpret=here.interpret
-    )
+    # Cotangents of the planes, dL/dRe and dL/dIm, make the cotangent of the number as JAX has it, dL/dRe - i dL/dIm: with that,
+    # products transpose without conjugation.
+    dgate, dx, dstate = _call(here, "backward", gate, h, state, _conjugate(dh), _conjugate(dfinal), kind, log=log)
     return _conjugate(dgate), _conjugate(dx), _conjugate(dstate), None
 
 

@@ -12,6 +12,7 @@ before it. Nothing else is kept.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -315,7 +316,7 @@ class _Tiles:
                 column = jnp.sum(jnp.where(on, kinds[b, :, start : start + width], 0.0), 1, keepdims=True)
                 spread[b, start : start + width, :] = jnp.broadcast_to(column, (width, LANES))
 
-    def rows(self, i) -> pl.Slice:
+    def rows(self, i) -> Any:
         return pl.ds(pl.multiple_of(i * self.height, self.height), self.height)
 
     def load(self, refs, i, b: int) -> list[list]:

@@ -9,20 +9,23 @@ import jax.numpy as jnp
 Implementation: TypeAlias = Literal["reference", "xla", "pallas"]
 
 
-def resolve_implementation(op: str, implementation: str | None, refusal: str | None = "does not exist yet") -> str:
+def resolve_implementation(
+    op: str, implementation: str | None, refusal: str | None = "does not exist yet", *, preferred: bool = False
+) -> str:
     """Name of the form to run: ``None`` picks the best that runs here, a name is obeyed or refused.
 
     Args:
         op: name used in messages.
         implementation: as the caller gave it.
         refusal: why the Pallas kernel cannot take this call, or None if it can.
+        preferred: whether the kernel is known to be faster than the "xla" form here.
 
     Raises:
         ValueError: the name is none of "reference", "xla", "pallas".
         NotImplementedError: "pallas" was asked for and the kernel refuses.
     """
     if implementation is None:
-        return "xla" if refusal is not None else "pallas"
+        return "pallas" if refusal is None and preferred else "xla"
     if implementation not in ("reference", "xla", "pallas"):
         raise ValueError(f"{op}: `implementation` is {implementation!r}; expected None, 'reference', 'xla' or 'pallas'")
     if implementation == "pallas" and refusal is not None:

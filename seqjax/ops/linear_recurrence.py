@@ -101,7 +101,7 @@ def linear_recurrence(
         log_decay, decay = None, jnp.exp(log_decay).astype(dtype)
     gate = cast(Array, decay if log_decay is None else log_decay)
     refusal = kernel.refusal(x, gate) if sizes["T"] > 1 else "is for more than one token"
-    form = resolve_implementation(OP, implementation, refusal)
+    form = resolve_implementation(OP, implementation, refusal, preferred=kernel.is_preferred())
     if form == "pallas":
         return _pallas(gate, x, initial_state, segments, log=decay is None)
     x = x.astype(dtype)

@@ -14,8 +14,10 @@ def test_none_picks_a_form_that_exists_and_a_name_is_obeyed():
 
 
 def test_a_kernel_that_refuses_is_never_replaced_silently():
-    assert resolve_implementation("op", "pallas", None) == resolve_implementation("op", None, None) == "pallas"
-    assert resolve_implementation("op", None, "has its reasons") == "xla"
+    assert resolve_implementation("op", "pallas", None) == "pallas"
+    assert resolve_implementation("op", None, None, preferred=True) == "pallas"
+    assert resolve_implementation("op", None, None, preferred=False) == "xla"
+    assert resolve_implementation("op", None, "has its reasons", preferred=True) == "xla"
     with pytest.raises(NotImplementedError, match="op: the Pallas kernel has its reasons"):
         resolve_implementation("op", "pallas", "has its reasons")
 
