@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +50,7 @@ def refusal() -> str | None:
 
 
 @contextlib.contextmanager
-def interpreted(platform: str) -> Iterator[None]:
+def interpreted(platform: str) -> Generator[None]:
     """Trace the kernels of ``platform`` ("tpu" or "gpu") and interpret them: their numbers, without the device.
 
     It acts while a function is traced: a function that was jitted and called outside keeps what it was traced with.
