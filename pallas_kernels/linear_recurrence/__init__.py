@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import _target
 from pallas_kernels._target import Target
+from pallas_kernels._tokens import ORDINARY, PADDING, START
+
+__all__ = ["MEASURED", "ORDINARY", "PADDING", "START", "is_preferred", "linear_recurrence", "refusal"]
 
 Planes = tuple[jax.Array, ...]
-START, ORDINARY, PADDING = 2, 1, 0
-"""Kinds of tokens: the first of a document (the state before it does not count), any other, none (the state stays as it is)."""
-
 MEASURED: frozenset[str] = frozenset()
 """Platforms on which a device has confirmed the kernel's results and found it faster than the XLA form."""
 

@@ -37,9 +37,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-Planes = tuple[jax.Array, ...]
+from pallas_kernels._tokens import ORDINARY, PADDING, START
 
-PADDING, ORDINARY, START = 0, 1, 2
+Planes = tuple[jax.Array, ...]
 
 # Axes of the grid; a mesh or vmap axis around the kernel must not have the same name.
 _GRID = ("linear_recurrence_row", "linear_recurrence_channels")

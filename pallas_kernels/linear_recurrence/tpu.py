@@ -20,9 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._tokens import PADDING, START
+
 LANES = 128
 Planes = tuple[jax.Array, ...]
-_START, _PADDING = 2, 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +335,7 @@ class _Tiles:
         columns = self.kinds[b, self.rows(i), :]
         tiles = [columns[r : r + _SUBLANES, :1] for r in self.parts]
         tiles = [jnp.broadcast_to(tile, (_SUBLANES, width)) for tile in tiles]
-        return [(tile == _START, tile == _PADDING) for tile in tiles]
+        return [(tile == START, tile == PADDING) for tile in tiles]
 
     def decays(self, refs, i, b: int, flags: list[tuple]) -> list[list]:
         tiles = self.load(refs, i, b)

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seqjax.ops._dispatch import check_segment_ids, check_shapes
-from seqjax.ops._segments import segment_info
+from seqjax.ops._segments import Segments, segment_info
 
 CHUNK_SIZE = 64
 """Tokens per chunk. Costs per token grow as C (scores) + K*V/C (states): for heads of 64, 32 and 64 are alike for linear attention on a
@@ -62,12 +62,19 @@ class Call(NamedTuple):
     tokens: tuple[Any, ...]
     """Query, key and value as given; gates in the state's dtype (None where there is none); padding cleared."""
     state: Float[Array, "B H K V"]
-    starts: Array | None
-    """Where a document starts, [B, T]."""
-    documents: Int[Array, "B T"] | None
-    """Running document numbers."""
+    segments: Segments | None
     scale: Array | float
     chunk_size: int
+
+    @property
+    def starts(self) -> Array | None:
+        """Where a document starts, [B, T]."""
+        return None if self.segments is None else self.segments.start
+
+    @property
+    def documents(self) -> Int[Array, "B T"] | None:
+        """Running document numbers."""
+        return None if self.segments is None else self.segments.document
 
 
 def check_call(
@@ -114,8 +121,7 @@ def check_call(
     return Call(
         tokens,
         jnp.zeros([sizes[s] for s in "BHKV"], dtype) if initial_state is None else initial_state.astype(dtype),
-        None if segments is None else segments.start,
-        None if segments is None else segments.document,
+        segments,
         sizes["K"] ** -0.5 if scale is None else scale,
         chunk_length(op, chunk_size, sizes["T"], default_chunk_size),
     )

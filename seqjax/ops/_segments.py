@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels._tokens import ORDINARY, PADDING, START
+
 
 class Segments(NamedTuple):
     """Per-token facts derived from ``segment_ids`` [B, T]."""
@@ -41,3 +43,10 @@ def clear_padding(real: Bool[Array, "B T"], array: Array, fill: float = 0.0) -> 
     Done before any arithmetic, so that neither values nor gradients see what padding holds, be it NaN.
     """
     return jnp.where(real.reshape(real.shape + (1,) * (array.ndim - 2)), array, jnp.asarray(fill, array.dtype))
+
+
+def token_kinds(segments: Segments | None) -> Int[Array, "B T"] | None:
+    """Tokens as the kernels know them: start of a document, ordinary, padding."""
+    if segments is None:
+        return None
+    return jnp.where(segments.real, jnp.where(segments.start, START, ORDINARY), PADDING)

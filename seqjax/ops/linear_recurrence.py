@@ -29,7 +29,7 @@ from seqjax.ops._dispatch import (
     state_dtype,
 )
 from seqjax.ops._mesh import per_device
-from seqjax.ops._segments import Segments, clear_padding, segment_info
+from seqjax.ops._segments import Segments, clear_padding, segment_info, token_kinds
 
 OP = "linear_recurrence"
 
@@ -125,12 +125,9 @@ def _pallas(
     gate: Array, x: Array, initial_state: Array, segments: Segments | None, *, log: bool
 ) -> tuple[Array, Array]:
     """The kernel, which looks at the kind of a token instead of at cleared arrays: a pass over the data less."""
-    kind = None
-    if segments is not None:
-        kind = jnp.where(segments.real, jnp.where(segments.start, kernel.START, kernel.ORDINARY), kernel.PADDING)
     h, state = per_device(
         functools.partial(kernel.linear_recurrence, log=log),
-        (gate, x, initial_state, kind),
+        (gate, x, initial_state, token_kinds(segments)),
         ("B T D", "B T D", "B D", "B T"),
         ("B T D", "B D"),
     )

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from seqjax.ops import linear_recurrence
+from seqjax.ops import linear_attention, linear_recurrence
 
 pytestmark = pytest.mark.compile
 
@@ -62,4 +62,33 @@ def test_linear_recurrence(chip, dtype, batch, time, channels, packed):
 
     text = compile_gradient(call, (tokens, tokens, state), chip, others).as_text()
     for kernel in ("linear_recurrence_forward", "linear_recurrence_backward"):
+        assert kernel in text
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("kind", ["plain", "decay", "packed"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize(
+    ("time", "groups", "heads", "key_dim", "value_dim"),
+    [
+        (1024, 8, 8, 64, 64),
+        (1024, 8, 8, 128, 128),
+        (512, 4, 4, 256, 256),
+        (1000, 1, 24, 128, 64),  # Mamba-2: one key head for all, and a last chunk that is not full
+    ],
+    ids=["64", "128", "256", "mamba2"],
+)
+def test_linear_attention(chip, time, groups, heads, key_dim, value_dim, dtype, kind):
+    keys = jax.ShapeDtypeStruct((2, time, groups, key_dim), dtype)
+    values = jax.ShapeDtypeStruct((2, time, heads, value_dim), dtype)
+    gates = jax.ShapeDtypeStruct((2, time, heads), jnp.float32)
+    state = jax.ShapeDtypeStruct((2, heads, key_dim, value_dim), jnp.float32)
+    others = (jax.ShapeDtypeStruct((2, time), jnp.int32),) if kind == "packed" else ()
+
+    def call(query, key, value, state, gate=None, ids=None):
+        return linear_attention(query, key, value, gate, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    arrays = (keys, keys, values, state) + ((gates,) if kind != "plain" else ())
+    text = compile_gradient(call, arrays, chip, others).as_text()
+    for kernel in ("linear_attention_forward_states", "linear_attention_backward"):
         assert kernel in text
