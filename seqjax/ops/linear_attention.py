@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import linear_attention as kernel
 from seqjax.ops._chunks import (
+    CHUNK_SIZE,
     Call,
     Chunks,
     check_call,
@@ -50,7 +51,8 @@ def linear_attention(
         scale: factor on the reads; None is ``K ** -0.5``.
         initial_state: state before the first token, continued by the first document of a row; None is zeros.
         segment_ids: documents numbered from 1; a change resets the state, 0 is padding (absent, its output is 0).
-        chunk_size: tokens per chunk of the fast form, rounded up to a power of two; None is 64. No effect on the result.
+        chunk_size: tokens per chunk of the fast form, rounded up to a power of two; None is 64, on a CPU 32 for decays per
+            channel. No effect on the result.
         implementation: None picks; "reference" is one step per token, "xla" the chunked form, "pallas" a kernel (TPU, no decay or
             one per head). A single token is always one step.
 
@@ -75,6 +77,7 @@ def linear_attention(
     section 4).
     """
     op = "linear_attention"
+    per_channel = decay_shape(log_decay) == "B T H K"
     call = check_call(
         op,
         query,
@@ -85,6 +88,7 @@ def linear_attention(
         initial_state=initial_state,
         segment_ids=segment_ids,
         chunk_size=chunk_size,
+        default_chunk_size=32 if per_channel and jax.default_backend() == "cpu" else CHUNK_SIZE,
     )
     refusal = kernel.refusal(query, key, value, log_decay) if query.shape[1] > 1 else "is for more than one token"
     form = resolve_implementation(op, implementation, refusal, preferred=kernel.is_preferred())
