@@ -1,6 +1,6 @@
 """The laws for Pallas kernels, interpreted: the numbers of the TPU and GPU kernels against the float64 oracle.
 
-`tests/compile` shows that the same kernels pass the real compilers, `scripts/device_check.sh` that they are right on a device.
+`tests/compile` shows that the TPU kernels pass the real compilers.
 """
 
 import functools
