@@ -27,6 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from seqjax._signals import StopRequest
 from seqjax.data.corpus import FORMAT, FORMAT_VERSION, SPLITS, read_manifest
 from seqjax.data.parts import MOST_SKIPS_LISTED, PartWriter, join_parts, read_record, write_json
 from seqjax.data.reading import InputProblem
@@ -448,18 +449,21 @@ def _work_parallel(
     waiting = list(reversed(todo))
     running: dict[Future, int] = {}
     try:
-        while waiting or running:
-            # A few units ahead of the workers: with all of them queued, a failure would take long to be heard.
-            while waiting and len(running) < 2 * workers:
-                index = waiting.pop()
-                running[pool.submit(_work_in_process, units[index])] = index
-            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+        with StopRequest(signal.SIGINT) as stop:
+            while waiting or running:
+                if stop.signal is not None:
+                    raise KeyboardInterrupt
+                # A few units ahead of the workers: with all of them queued, a failure would take long to be heard.
+                while waiting and len(running) < 2 * workers:
+                    index = waiting.pop()
+                    running[pool.submit(_work_in_process, units[index])] = index
+                finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not events.empty():
+                    advance(*events.get())
+                for future in finished:
+                    records[running.pop(future)] = future.result()
             while not events.empty():
                 advance(*events.get())
-            for future in finished:
-                records[running.pop(future)] = future.result()
-        while not events.empty():
-            advance(*events.get())
     except BrokenProcessPool as error:
         raise PrepareError(
             "a worker process was killed (out of memory?): finished parts are kept; run the same command again, "

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from seqjax._signals import StopRequest
 from seqjax.data import Corpus, make_evaluation_batches, make_loader
 from seqjax.models import LanguageModel, parameter_count
 from seqjax.tasks import Task
@@ -23,7 +24,6 @@ from seqjax.train.metrics import MetricsLog, draw_losses
 from seqjax.train.program import Program
 from seqjax.train.runs import check_same_run, keep_tokenizer
 from seqjax.train.sharding import unsharded
-from seqjax.train.signals import StopRequest
 from seqjax.train.step import TrainState
 
 # Steps in flight: the host reads the metrics of step n after it has sent step n + LAG, so the device never waits for it.

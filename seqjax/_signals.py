@@ -1,4 +1,4 @@
-"""Orderly ends: SIGTERM and SIGINT ask the loop to save and stop; a second one ends at once."""
+"""Orderly ends: a signal asks a loop to stop at a safe place; a second one ends at once."""
 
 import signal
 import threading
@@ -6,16 +6,20 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Context in which the first SIGTERM or SIGINT only sets ``signal``; the previous handlers then come back."""
+    """Context in which the first of the signals only sets ``signal``; the previous handlers then come back.
 
-    def __init__(self):
+    An exception raised by a handler can be lost, if it arrives in a callback of the garbage collector or of a weak reference.
+    """
+
+    def __init__(self, *numbers: int):
+        self._numbers = numbers or (signal.SIGTERM, signal.SIGINT)
         self.signal: int | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         # Python delivers signals to the main thread only, and only there may handlers be set.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in self._numbers:
                 self._previous[number] = signal.signal(number, self._request)
         return self
 
