@@ -9,7 +9,7 @@ source scripts/_environment.sh
 
 CORPUS=${CORPUS:-corpora/stdlib-bpe}
 RUN=${RUN:-runs/quickstart}
-STEPS=${STEPS:-1500}
+STEPS=${STEPS:-2000}
 
 step() { printf '\n== %s (%d s since start)\n' "$1" "$SECONDS"; }
 
