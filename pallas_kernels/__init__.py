@@ -7,7 +7,7 @@ through ``implementation="pallas"``.
 | folder | recurrence |
 |---|---|
 | `linear_recurrence` | h_t = a_t h_{t-1} + x_t, elementwise, real and complex (TPU, GPU) |
-| `linear_attention` | S_t = exp(g_t) S_{t-1} + k_t v_t^T, no decay or one per head (TPU) |
+| `linear_attention` | S_t = exp(g_t) S_{t-1} + k_t v_t^T, no decay or one per head (TPU, GPU) |
 """
 
 from pallas_kernels._target import Target, interpreted, target

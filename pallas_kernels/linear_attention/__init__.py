@@ -4,6 +4,7 @@ The forward kernel reads query, key and value once and writes the output; a forw
 state before every chunk of tokens, the only array besides inputs and outputs that grows with T.
 """
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -60,7 +61,10 @@ def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.A
     if (reason := _target.refusal()) is not None:
         return reason
     if _target.target().platform == "gpu":
-        return "is for TPU only so far"
+        from pallas_kernels.linear_attention import gpu
+
+        gates = 3 if log_decay is None else log_decay.ndim
+        return gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype), gates)
     if not query.dtype == key.dtype == value.dtype or value.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes query, key and value of one dtype, float32 or bfloat16; got {query.dtype}, {key.dtype}, {value.dtype}"
     if log_decay is not None and log_decay.ndim == 4:
@@ -87,13 +91,6 @@ class _Static(NamedTuple):
     scale: float
     target: _target.Target
 
-    def options(self) -> dict[str, Any]:
-        from pallas_kernels.linear_attention import tpu
-
-        (_, time, groups, key_dim), (heads, value_dim) = self.query_shape, self.value_shape[2:]
-        config = tpu.default_config(time, heads, groups, key_dim, value_dim, self.itemsize)
-        return {"groups": groups, "scale": self.scale, "config": config, "interpret": self.target.interpret}
-
 
 def _flat(x: jax.Array) -> jax.Array:
     """[B, T, H, K] -> [B, T, H * K], which is what projections make and what a chunk of some heads is a rectangle of."""
@@ -105,22 +102,9 @@ def _attention(query, key, value, log_decay, state, kind, static: _Static):
     return _run(query, key, value, log_decay, state, kind, static, save=False)[:2]
 
 
-def _rules(log_decay, kind, static: _Static, chunk: int):
-    """(rows, which decays act, whether some tokens are padding); no rows if nothing decays and nothing is padding."""
-    batch, time, heads = static.value_shape[:3]
-    padded = kind is not None or time % chunk != 0
-    if log_decay is None and not padded:
-        return None, None, False
-    gates = jnp.zeros((batch, time, heads), jnp.float32) if log_decay is None else log_decay
-    return *chunk_rules(gates, kind, chunk), padded
-
-
 def _run(query, key, value, log_decay, state, kind, static: _Static, *, save: bool):
-    from pallas_kernels.linear_attention import tpu
-
-    options = static.options()
-    rows, _, padded = _rules(log_decay, kind, static, options["config"].chunk)
-    return tpu.forward(query, key, value, rows, state.astype(jnp.float32), padded=padded, save=save, **options)
+    device = _Gpu if static.target.platform == "gpu" else _Tpu
+    return device(static, log_decay, kind).forward(query, key, value, state.astype(jnp.float32), save=save)
 
 
 def _forward(query, key, value, log_decay, state, kind, static):
@@ -129,15 +113,97 @@ def _forward(query, key, value, log_decay, state, kind, static):
 
 
 def _backward(static, residuals, cotangents):
-    from pallas_kernels.linear_attention import tpu
-
     query, key, value, log_decay, kind, states = residuals
-    options = static.options()
-    rows, acts, padded = _rules(log_decay, kind, static, options["config"].chunk)
-    dquery, dkey, dvalue, drows, dstate = tpu.backward(
-        query, key, value, rows, states, *cotangents, padded=padded, **options
+    device = _Gpu if static.target.platform == "gpu" else _Tpu
+    dquery, dkey, dvalue, dlog_decay, dstate = device(static, log_decay, kind).backward(
+        query, key, value, states, *cotangents
     )
-    return dquery, dkey, dvalue, None if log_decay is None else chunk_gradient(drows, acts), dstate, None
+    return dquery, dkey, dvalue, dlog_decay, dstate, None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+class _Tpu:
+    """The calls on TPU: gates, document starts and padding are rows of numbers per head (``chunk_rules``)."""
+
+    def __init__(self, static: _Static, log_decay: jax.Array | None, kind: jax.Array | None):
+        from pallas_kernels.linear_attention import tpu
+
+        (batch, time, groups, key_dim), (heads, value_dim) = static.query_shape, static.value_shape[2:]
+        config = tpu.default_config(time, heads, groups, key_dim, value_dim, static.itemsize)
+        assert config is not None, "`refusal` has checked it"
+        padded = kind is not None or time % config.chunk != 0
+        self.decaying, self.rows, self.acts = log_decay is not None, None, None
+        if log_decay is not None or padded:
+            gates = jnp.zeros((batch, time, heads), jnp.float32) if log_decay is None else log_decay
+            self.rows, self.acts = chunk_rules(gates, kind, config.chunk)
+        self.module = tpu
+        self.options: dict[str, Any] = {
+            "groups": groups,
+            "scale": static.scale,
+            "padded": padded,
+            "config": config,
+            "interpret": static.target.interpret,
+        }
+
+    def forward(self, query, key, value, state, *, save: bool):
+        return self.module.forward(query, key, value, self.rows, state, save=save, **self.options)
+
+    def backward(self, query, key, value, states, dout, dfinal):
+        *gradients, drows, dstate = self.module.backward(
+            query, key, value, self.rows, states, dout, dfinal, **self.options
+        )
+        dlog_decay = chunk_gradient(drows, self.acts) if self.decaying and self.acts is not None else None
+        return *gradients, dlog_decay, dstate
+
+
+class _Gpu:
+    """The calls on GPU: heads are an axis, documents are numbers, and the chunks know those around them."""
+
+    def __init__(self, static: _Static, log_decay: jax.Array | None, kind: jax.Array | None):
+        from pallas_kernels.linear_attention import gpu
+
+        self.module, self.static, self.log_decay = gpu, static, log_decay
+        self.document = self.boundary = None
+        if kind is not None:
+            chunk, time = gpu.Config().chunk, static.query_shape[1]
+            numbers = jnp.cumsum(kind == START, 1, dtype=jnp.int32)
+            ends = jnp.minimum(jnp.arange(chunk, time + chunk, chunk), time) - 1
+            self.document = jnp.where(kind == PADDING, -1, numbers)
+            self.boundary = jnp.pad(numbers[:, ends], ((0, 0), (1, 0)))
+        self.options: dict[str, Any] = {"scale": static.scale, "interpret": static.target.interpret}
+
+    def _heads(self, query, key, value):
+        shape = self.static.query_shape
+        return query.reshape(shape), key.reshape(shape), value.reshape(self.static.value_shape)
+
+    def _interpreter(self):
+        return _target.gpu_interpreter() if self.static.target.interpret else contextlib.nullcontext()
+
+    def forward(self, query, key, value, state, *, save: bool):
+        with self._interpreter():
+            output, final, states = self.module.forward(
+                *self._heads(query, key, value),
+                self.log_decay,
+                state,
+                self.document,
+                self.boundary,
+                save=save,
+                **self.options,
+            )
+        return _flat(output), final, states
+
+    def backward(self, query, key, value, states, dout, dfinal):
+        with self._interpreter():
+            dquery, dkey, dvalue, dlog_decay, dstate = self.module.backward(
+                *self._heads(query, key, value),
+                self.log_decay,
+                self.document,
+                self.boundary,
+                states,
+                dout.reshape(self.static.value_shape),
+                dfinal,
+                **self.options,
+            )
+        return _flat(dquery), _flat(dkey), _flat(dvalue), dlog_decay, dstate

@@ -53,7 +53,7 @@ def linear_attention(
         segment_ids: documents numbered from 1; a change resets the state, 0 is padding (absent, its output is 0).
         chunk_size: tokens per chunk of the fast form, rounded up to a power of two; None is 64, on a CPU 32 for decays per
             channel. No effect on the result.
-        implementation: None picks; "reference" is one step per token, "xla" the chunked form, "pallas" a kernel (TPU, no decay or
+        implementation: None picks; "reference" is one step per token, "xla" the chunked form, "pallas" a kernel (no decay or
             one per head). A single token is always one step.
 
     Returns:

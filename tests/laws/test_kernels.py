@@ -176,6 +176,33 @@ def test_heads_that_share_a_key_head_over_several_steps():
     assert_close_rms(actual, harness.oracle_gradients(spec, inputs, weights), TOLERANCE["float32"])
 
 
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 12), reason="the kernel needs jax 0.12")
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_linear_attention_on_gpu(packed):
+    """The kernel takes bfloat16 and heads of 64 and 128, which the specs of the laws are too small for."""
+    spec = next(spec for spec in SPECS if spec.name == "linear_attention_scalar_decay_grouped")
+    key, (batch, time, width) = jax.random.split(jax.random.key(3), 5), (1, 100, 64)
+    decays = -jax.nn.softplus(jax.random.normal(key[3], (batch, time, 2)))
+    inputs = {
+        "query": jax.random.normal(key[0], (batch, time, 1, width), jnp.bfloat16),
+        "key": jax.random.normal(key[1], (batch, time, 1, width), jnp.bfloat16),
+        "value": jax.random.normal(key[2], (batch, time, 2, width), jnp.bfloat16),
+        "log_decay": decays.at[:, 7].set(-jnp.inf).at[:, 70].set(-1e4),
+        "initial_state": jax.random.normal(key[4], (batch, 2, width, width)),
+    }
+    ids = jnp.asarray([[1] * 30 + [2] * 50 + [0] * 5 + [2] * 5 + [3] * 5 + [0] * 5]) if packed else None
+    poisoned = inputs
+    if ids is not None:
+        padding = ids == 0
+        poisoned = {
+            name: jnp.where(at_tokens(padding, a), jnp.nan, a).astype(a.dtype) if name in spec.time_inputs else a
+            for name, a in inputs.items()
+        }
+    weights = harness.random_weights(jax.eval_shape(spec.call, inputs))
+    actual = compiled_gradients(spec, "gpu")(poisoned, ids, weights)
+    assert_close_rms(actual, harness.oracle_gradients(spec, inputs, weights, ids), spec.bfloat16_ratio)
+
+
 def test_a_kernel_says_why_it_cannot_run_here():
     inputs = inputs_of(SPECS[0])
     with pytest.raises(NotImplementedError, match="the Pallas kernel runs on TPU and GPU, and this is a cpu"):
