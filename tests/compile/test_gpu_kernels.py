@@ -1,0 +1,93 @@
+"""Every GPU kernel, forward and backward, compiles for an H200 without spills (needs ``pip install seqjax[cuda13]``, jax >= 0.12, no GPU)."""
+
+import functools
+import importlib.metadata
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from seqjax.ops import linear_attention, linear_recurrence
+
+# Registers and spills of every kernel, on the standard output; read when the first one is compiled.
+os.environ.setdefault("MOSAIC_GPU_DUMP_PTXAS", "1")
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(jax.version.__version_info__ < (0, 12), reason="the GPU kernels need jax 0.12 (Python 3.12)"),
+]
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
+  device_memory_size: 150754820096 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 2 } device_description_str: "NVIDIA H200"
+"""
+
+
+@functools.cache
+def mesh():
+    if not importlib.metadata.entry_points(group="jax_plugins"):
+        pytest.fail("compiling for GPUs needs the CUDA plugin: pip install 'seqjax[cuda13]'")
+    topology = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology="1x1x1")
+    return Mesh(np.array(topology.devices[:1]), ("data",))
+
+
+def check(function, arrays, others, capfd):
+    """Compile function and its gradient in all arrays, given as shapes; no kernel spills."""
+
+    def loss(arrays, others):
+        return sum(jnp.sum(jnp.real(leaf).astype(jnp.float32)) for leaf in function(*arrays, *others))
+
+    everywhere = NamedSharding(mesh(), PartitionSpec())
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), (arrays, others))
+    capfd.readouterr()
+    with jax.sharding.use_abstract_mesh(mesh().abstract_mesh):
+        jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+    text = "".join(capfd.readouterr())
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    assert len(spills) >= 2, f"a forward and a backward kernel were expected:\n{text}"
+    assert set(spills) == {("0", "0")}, text
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64], ids=["f32", "bf16", "complex"])
+@pytest.mark.parametrize("shape", [(8, 4096, 2048), (3, 1000, 200)], ids=["full", "ragged"])
+def test_linear_recurrence(shape, dtype, packed, capfd):
+    is_complex = dtype == jnp.complex64
+    tokens = jax.ShapeDtypeStruct(shape, dtype)
+    state = jax.ShapeDtypeStruct((shape[0], shape[2]), dtype if is_complex else jnp.float32)
+    others = (jax.ShapeDtypeStruct(shape[:2], jnp.int32),) if packed else ()
+    name = "decay" if is_complex else "log_decay"
+
+    def call(x, gate, state, ids=None):
+        return linear_recurrence(x, **{name: gate}, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    check(call, (tokens, tokens, state), others, capfd)
+
+
+@pytest.mark.parametrize("kind", ["plain", "decay", "packed"])
+@pytest.mark.parametrize("value_dim", [64, 128])
+@pytest.mark.parametrize("key_dim", [64, 128])
+@pytest.mark.parametrize("groups", [16, 1])
+def test_linear_attention(key_dim, value_dim, groups, kind, capfd, request):
+    if (key_dim, value_dim, groups, kind) == (128, 64, 1, "decay"):
+        request.applymarker(pytest.mark.xfail(reason="28 bytes spill in the backward kernel", strict=True))
+    batch, time, heads = 2, 1024 if groups > 1 else 1000, 16
+    keys = jax.ShapeDtypeStruct((batch, time, groups, key_dim), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct((batch, time, heads), jnp.float32)
+    state = jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32)
+    others = (jax.ShapeDtypeStruct((batch, time), jnp.int32),) if kind == "packed" else ()
+
+    def call(query, key, value, state, gate=None, ids=None):
+        return linear_attention(query, key, value, gate, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    check(call, (keys, keys, values, state) + ((gates,) if kind != "plain" else ()), others, capfd)
