@@ -464,6 +464,8 @@ def _work_parallel(
                     records[running.pop(future)] = future.result()
             while not events.empty():
                 advance(*events.get())
+            if stop.signal is not None:  # it came with the last part
+                raise KeyboardInterrupt
     except BrokenProcessPool as error:
         raise PrepareError(
             "a worker process was killed (out of memory?): finished parts are kept; run the same command again, "
