@@ -7,6 +7,7 @@ through ``implementation="pallas"``.
 | folder | recurrence |
 |---|---|
 | `linear_recurrence` | h_t = a_t h_{t-1} + x_t, elementwise, real and complex (TPU, GPU) |
+| `selective_scan` | h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T, y_t = h_t C_t, diagonal per channel (TPU, GPU) |
 | `linear_attention` | S_t = exp(g_t) S_{t-1} + k_t v_t^T, no decay or one per head (TPU, GPU) |
 """
 

@@ -9,6 +9,13 @@ START, ORDINARY, PADDING = 2, 1, 0
 HARD = -40.0
 """Log decays below this are resets: exp(-40) is below float32's resolution of anything it could be added to."""
 
+_SMALLEST = 1e-12
+
+
+def nonzero(beta: jax.Array) -> jax.Array:
+    """Step sizes of the delta rule for its backward pass, which divides by them something that is proportional to them."""
+    return jnp.where(jnp.abs(beta) < _SMALLEST, jnp.where(beta < 0, -_SMALLEST, _SMALLEST), beta)
+
 
 def chunks_of(rows: jax.Array, chunk: int, fill: float) -> jax.Array:
     """[B, T, ...] -> [B, N, chunk, ...], the last chunk filled up."""
@@ -47,8 +54,35 @@ def chunk_rules(log_decay: jax.Array, kind: jax.Array | None, chunk: int) -> tup
     return rows.transpose(1, 4, 2, 0, 3), acts
 
 
-def chunk_gradient(drows: jax.Array, acts: jax.Array) -> jax.Array:
-    """[B, H, N, 1, C] -> [B, T, H]: cotangents of the log decays that act."""
-    batch, heads = drows.shape[:2]
-    gradient = drows.reshape(batch, heads, -1)[..., : acts.shape[1]].transpose(0, 2, 1)
-    return jnp.where(acts, gradient, 0.0)
+def of_tokens(rows: jax.Array, time: int) -> jax.Array:
+    """[B, H, N, 1, C] -> [B, T, H]."""
+    batch, heads = rows.shape[:2]
+    return rows.reshape(batch, heads, -1)[..., :time].transpose(0, 2, 1)
+
+
+def decay_gradient(gates: jax.Array | None, log_decay: jax.Array | None, acts: jax.Array | None) -> jax.Array | None:
+    """Cotangent of ``log_decay`` [B, T, H] or [B, T, H, K] from what a kernel has made of it, [B, H, N, 1, C] or [B, T, H * K]; 0 where it
+    does not act (``acts``).
+    """
+    if gates is None or log_decay is None:
+        return None
+    gradient = of_tokens(gates, log_decay.shape[1]) if log_decay.ndim == 3 else gates.reshape(log_decay.shape)
+    return jnp.where(acts, gradient, 0.0).astype(log_decay.dtype)
+
+
+def kind_rows(kind: jax.Array, heads: int, chunk: int) -> jax.Array:
+    """[B, T] -> [B, H, N, 1, C] float32; what is past T is padding."""
+    rows = chunks_of(kind.astype(jnp.float32), chunk, float(PADDING))[:, None, :, None]
+    return jnp.broadcast_to(rows, (rows.shape[0], heads, *rows.shape[2:]))
+
+
+def document_numbers(kind: jax.Array | None, chunk: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """The running document number of each token [B, T], -1 for padding, and those of the documents which the states before and after
+    every chunk belong to [B, N + 1]; None for one document.
+    """
+    if kind is None:
+        return None, None
+    time = kind.shape[1]
+    numbers = jnp.cumsum(kind == START, 1, dtype=jnp.int32)
+    ends = jnp.minimum(jnp.arange(chunk, time + chunk, chunk), time) - 1
+    return jnp.where(kind == PADDING, -1, numbers), jnp.pad(numbers[:, ends], ((0, 0), (1, 0)))

@@ -1,11 +1,21 @@
 """Process-wide settings that must precede the start of jax."""
 
 import os
+import sys
 
 # Eight virtual CPU devices, so that sharding laws are ordinary tests; must be set before jax starts its backend.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The compile-only TPU client must not look for the metadata server of a TPU machine.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Test processes side by side (scripts/test.sh) each load the TPU compiler.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def pytest_configure(config):
+    """Only the device tier sees the accelerators of the machine."""
+    tier = config.option.markexpr
+    if "device" in tier and "not device" not in tier:
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if "jax" in sys.modules:  # a conftest further down was loaded before this ran
+        sys.modules["jax"].config.update("jax_platforms", os.environ["JAX_PLATFORMS"])

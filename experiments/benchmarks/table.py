@@ -19,6 +19,8 @@ versions. To add yours:
     seqjax bench train        --out experiments/benchmarks/MACHINE/train.json
     seqjax bench loader       --out experiments/benchmarks/MACHINE/loader.json
     seqjax bench transformers --out experiments/benchmarks/MACHINE/transformers.json     # pip install 'seqjax[parity]'
+    bash scripts/device_check.sh      # kernels on a GPU or TPU: experiments/benchmarks/DEVICE/kernels.json
+    python scripts/tpu_estimates.py   # kernels on TPUs that are not here: experiments/benchmarks/tpu_estimates.json
     python experiments/benchmarks/table.py
 """
 
@@ -34,7 +36,9 @@ def section(result: dict[str, Any]) -> list[str]:
     """One result file."""
     machine, versions = result["machine"], result["versions"]
     packages = [
-        f"{name} {versions[name]}" for name in ("python", "jax", "flax", "torch", "transformers") if name in versions
+        f"{name} {versions[name]}"
+        for name in ("python", "jax", "flax", "libtpu", "torch", "flash-linear-attention", "transformers")
+        if name in versions
     ]
     lines = [f"### {result['title']}", "", *table(result["rows"]), "", "| | goal | measured | |", "|---|---|---|---|"]
     for goal in result["goals"]:
@@ -50,12 +54,14 @@ def section(result: dict[str, Any]) -> list[str]:
 
 
 def readme(folder: pathlib.Path) -> str:
-    """The page for all result files under the folder, one heading per machine."""
+    """The page for all result files under the folder, one heading per machine, and what no machine has measured last."""
     lines = [HEAD]
     for machine in sorted({path.parent for path in folder.glob("*/*.json")}):
         lines += [f"## {machine.name}", ""]
         for path in sorted(machine.glob("*.json")):
             lines += section(json.loads(path.read_text()))
+    for path in sorted(folder.glob("*.json")):
+        lines += ["## Estimates without a device", "", *section(json.loads(path.read_text()))]
     return "\n".join(lines).rstrip() + "\n"
 
 

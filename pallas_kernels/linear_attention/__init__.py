@@ -1,4 +1,4 @@
-"""S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t, no decay or one per head: one pass with the states on chip.
+"""S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t: one pass with the states on chip.
 
 The forward kernel reads query, key and value once and writes the output; a forward pass that will be differentiated also writes the
 state before every chunk of tokens, the only array besides inputs and outputs that grows with T.
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _target
-from pallas_kernels._tokens import ORDINARY, PADDING, START, chunk_gradient, chunk_rules
+from pallas_kernels._tokens import ORDINARY, PADDING, START, chunk_rules, decay_gradient, document_numbers, kind_rows
 
 __all__ = ["MEASURED", "ORDINARY", "PADDING", "START", "is_preferred", "linear_attention", "refusal"]
 
@@ -36,7 +36,7 @@ def linear_attention(
         query: [B, T, G, K]; G divides H, query/key head g serves value heads g*H/G .. (g+1)*H/G - 1.
         key: [B, T, G, K].
         value: [B, T, H, V], of the dtype of query and key: float32 or bfloat16.
-        log_decay: [B, T, H], at most 0 (-inf included); None is 0.
+        log_decay: [B, T, H] or, per key channel, [B, T, H, K], at most 0 (-inf included); None is 0.
         initial_state: [B, H, K, V] float32.
         kind: [B, T] int32 of START, ORDINARY, PADDING; None is all ORDINARY. Padding may hold anything, NaN included; the output
             there is unspecified and its cotangent is taken to be 0: mask it.
@@ -51,8 +51,7 @@ def linear_attention(
     if (reason := refusal(query, key, value, log_decay)) is not None:
         raise NotImplementedError(f"linear_attention: the kernel {reason}")
     static = _Static(query.shape, value.shape, value.dtype.itemsize, float(scale), _target.target())
-    gates = None if log_decay is None else log_decay.astype(jnp.float32)
-    output, final = _attention(_flat(query), _flat(key), _flat(value), gates, initial_state, kind, static)
+    output, final = _attention(_flat(query), _flat(key), _flat(value), log_decay, initial_state, kind, static)
     return output.reshape(value.shape), final
 
 
@@ -67,14 +66,13 @@ def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.A
         return gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype), gates)
     if not query.dtype == key.dtype == value.dtype or value.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes query, key and value of one dtype, float32 or bfloat16; got {query.dtype}, {key.dtype}, {value.dtype}"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "takes no decay or one per head, not one per channel"
     if query.size == 0 or value.size == 0:
         return f"takes no empty arrays; got query {query.shape}, value {value.shape}"
     from pallas_kernels.linear_attention import tpu
 
     (_, time, groups, key_dim), (heads, value_dim) = query.shape, value.shape[2:]
-    if tpu.default_config(time, heads, groups, key_dim, value_dim, value.dtype.itemsize) is None:
+    channels = log_decay is not None and log_decay.ndim == 4
+    if tpu.default_config(time, heads, groups, key_dim, value_dim, value.dtype.itemsize, channels=channels) is None:
         return f"needs heads whose lanes make multiples of 128; got H={heads}, G={groups}, K={key_dim}, V={value_dim}"
     return None
 
@@ -125,19 +123,25 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Tpu:
-    """The calls on TPU: gates, document starts and padding are rows of numbers per head (``chunk_rules``)."""
+    """The calls on TPU: gates, document starts and padding are rows of numbers per head, or gates are an array like the keys."""
 
     def __init__(self, static: _Static, log_decay: jax.Array | None, kind: jax.Array | None):
         from pallas_kernels.linear_attention import tpu
 
         (batch, time, groups, key_dim), (heads, value_dim) = static.query_shape, static.value_shape[2:]
-        config = tpu.default_config(time, heads, groups, key_dim, value_dim, static.itemsize)
+        self.channels = log_decay is not None and log_decay.ndim == 4
+        sizes = (time, heads, groups, key_dim, value_dim, static.itemsize)
+        config = tpu.default_config(*sizes, channels=self.channels)
         assert config is not None, "`refusal` has checked it"
         padded = kind is not None or time % config.chunk != 0
-        self.decaying, self.rows, self.acts = log_decay is not None, None, None
-        if log_decay is not None or padded:
-            gates = jnp.zeros((batch, time, heads), jnp.float32) if log_decay is None else log_decay
-            self.rows, self.acts = chunk_rules(gates, kind, config.chunk)
+        self.log_decay, self.gates, self.rows, self.acts = log_decay, None, None, None
+        if log_decay is not None and self.channels:
+            kinds = jnp.full((batch, time), ORDINARY) if kind is None else kind
+            self.gates, self.acts = _flat(log_decay), (kinds == ORDINARY)[..., None, None] & (log_decay > -jnp.inf)
+            self.rows = kind_rows(kinds, heads, config.chunk) if padded else None
+        elif log_decay is not None or padded:
+            gates = jnp.zeros((batch, time, heads)) if log_decay is None else log_decay
+            self.rows, self.acts = chunk_rules(gates.astype(jnp.float32), kind, config.chunk)
         self.module = tpu
         self.options: dict[str, Any] = {
             "groups": groups,
@@ -148,14 +152,13 @@ class _Tpu:
         }
 
     def forward(self, query, key, value, state, *, save: bool):
-        return self.module.forward(query, key, value, self.rows, state, save=save, **self.options)
+        return self.module.forward(query, key, value, self.gates, self.rows, state, save=save, **self.options)
 
     def backward(self, query, key, value, states, dout, dfinal):
-        *gradients, drows, dstate = self.module.backward(
-            query, key, value, self.rows, states, dout, dfinal, **self.options
+        *gradients, dstate, dgates = self.module.backward(
+            query, key, value, self.gates, self.rows, states, dout, dfinal, **self.options
         )
-        dlog_decay = chunk_gradient(drows, self.acts) if self.decaying and self.acts is not None else None
-        return *gradients, dlog_decay, dstate
+        return *gradients, decay_gradient(dgates, self.log_decay, self.acts), dstate
 
 
 class _Gpu:
@@ -164,14 +167,10 @@ class _Gpu:
     def __init__(self, static: _Static, log_decay: jax.Array | None, kind: jax.Array | None):
         from pallas_kernels.linear_attention import gpu
 
-        self.module, self.static, self.log_decay = gpu, static, log_decay
-        self.document = self.boundary = None
-        if kind is not None:
-            chunk, time = gpu.Config().chunk, static.query_shape[1]
-            numbers = jnp.cumsum(kind == START, 1, dtype=jnp.int32)
-            ends = jnp.minimum(jnp.arange(chunk, time + chunk, chunk), time) - 1
-            self.document = jnp.where(kind == PADDING, -1, numbers)
-            self.boundary = jnp.pad(numbers[:, ends], ((0, 0), (1, 0)))
+        self.module, self.static = gpu, static
+        self.log_decay = None if log_decay is None else log_decay.astype(jnp.float32)
+        self.dtype = None if log_decay is None else log_decay.dtype
+        self.document, self.boundary = document_numbers(kind, gpu.Config().chunk)
         self.options: dict[str, Any] = {"scale": static.scale, "interpret": static.target.interpret}
 
     def _heads(self, query, key, value):
@@ -206,4 +205,5 @@ class _Gpu:
                 dfinal,
                 **self.options,
             )
+        dlog_decay = None if dlog_decay is None else dlog_decay.astype(self.dtype)
         return _flat(dquery), _flat(dkey), _flat(dvalue), dlog_decay, dstate

@@ -10,7 +10,19 @@ import subprocess
 import sys
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "torch", "transformers")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorstore",
+    "libtpu",
+    "torch",
+    "flash-linear-attention",
+    "transformers",
+)
 
 
 def provenance() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Sequence recurrences as pure functions on arrays.
 
 Every op takes time on axis 1 and returns ``(output, final_state)``; ``implementation`` chooses between the readable float32
-``"reference"`` scan, the fast ``"xla"`` form and, where one exists, a ``"pallas"`` kernel. All forms compute the same thing.
+``"reference"`` scan, the fast ``"xla"`` form and, where one exists, a ``"pallas"`` kernel. All forms compute the same thing;
+`prefer` is for models that leave the choice open.
 
 | op | state per batch row | members |
 |---|---|---|
@@ -14,6 +15,7 @@ Every op takes time on axis 1 and returns ``(output, final_state)``; ``implement
 `attention` and `rotary_embedding` have no state: keys and values of the past are arguments.
 """
 
+from seqjax.ops._dispatch import prefer
 from seqjax.ops.attention import attention
 from seqjax.ops.causal_convolution import causal_convolution
 from seqjax.ops.delta_rule import delta_rule
@@ -28,6 +30,7 @@ __all__ = [
     "delta_rule",
     "linear_attention",
     "linear_recurrence",
+    "prefer",
     "rotary_embedding",
     "selective_scan",
 ]

@@ -1,6 +1,8 @@
 """Choice of implementation and argument checks shared by every op."""
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+from collections.abc import Generator, Mapping
 from typing import Literal, TypeAlias
 
 import jax
@@ -9,10 +11,39 @@ import jax.numpy as jnp
 Implementation: TypeAlias = Literal["reference", "xla", "pallas"]
 
 
+_KERNELS: contextvars.ContextVar[str] = contextvars.ContextVar("seqjax_kernels", default="auto")
+
+
+@contextlib.contextmanager
+def prefer(kernels: str) -> Generator[None]:
+    """What ``implementation=None`` picks in recurrent ops that are traced in this context, for models that do not pass it on.
+
+    Args:
+        kernels: "auto" as without it: a Pallas kernel where it was measured to be faster; "pallas": a kernel wherever there is one; "xla":
+            never one. A name that is passed to an op goes first. A function that was jitted and called before keeps what it was
+            traced with.
+
+    Raises:
+        ValueError: another name.
+
+    Example:
+        >>> with prefer("xla"):
+        ...     resolve_implementation("delta_rule", None, None, preferred=True)
+        'xla'
+    """
+    if kernels not in ("auto", "pallas", "xla"):
+        raise ValueError(f"prefer: `kernels` is {kernels!r}; expected 'auto', 'pallas' or 'xla'")
+    token = _KERNELS.set(kernels)
+    try:
+        yield
+    finally:
+        _KERNELS.reset(token)
+
+
 def resolve_implementation(
     op: str, implementation: str | None, refusal: str | None = "does not exist yet", *, preferred: bool = False
 ) -> str:
-    """Name of the form to run: ``None`` picks the best that runs here, a name is obeyed or refused.
+    """Name of the form to run: ``None`` picks the best that runs here (see ``prefer``), a name is obeyed or refused.
 
     Args:
         op: name used in messages.
@@ -25,7 +56,9 @@ def resolve_implementation(
         NotImplementedError: "pallas" was asked for and the kernel refuses.
     """
     if implementation is None:
-        return "pallas" if refusal is None and preferred else "xla"
+        kernels = _KERNELS.get()
+        wanted = preferred if kernels == "auto" else kernels == "pallas"
+        return "pallas" if refusal is None and wanted else "xla"
     if implementation not in ("reference", "xla", "pallas"):
         raise ValueError(f"{op}: `implementation` is {implementation!r}; expected None, 'reference', 'xla' or 'pallas'")
     if implementation == "pallas" and refusal is not None:

@@ -53,8 +53,7 @@ def linear_attention(
         segment_ids: documents numbered from 1; a change resets the state, 0 is padding (absent, its output is 0).
         chunk_size: tokens per chunk of the fast form, rounded up to a power of two; None is 64, on a CPU 32 for decays per
             channel. No effect on the result.
-        implementation: None picks; "reference" is one step per token, "xla" the chunked form, "pallas" a kernel (no decay or
-            one per head). A single token is always one step.
+        implementation: None picks; "reference" is one step per token, "xla" the chunked form, "pallas" a kernel. A single token is always one step.
 
     Returns:
         (output [B, T, H, V] in the inputs' dtype, final state [B, H, K, V] in float32; float64 for float64 inputs).
@@ -107,7 +106,7 @@ def _pallas(query, key, value, log_decay, call: Call):
     output, state = per_device(
         functools.partial(kernel.linear_attention, scale=scale),
         (query, key, value, log_decay, call.state, token_kinds(call.segments)),
-        ("B T G K", "B T G K", "B T H V", "B T H", "B H K V", "B T"),
+        ("B T G K", "B T G K", "B T H V", decay_shape(log_decay), "B H K V", "B T"),
         ("B T H V", "B H K V"),
     )
     return output if call.segments is None else clear_padding(call.segments.real, output)[0], state

@@ -9,7 +9,8 @@ algorithm 2, with the Euler rule for B that its code uses). The skip ``D x`` and
 Forms: ``"reference"`` is one step per token, differentiated by JAX. ``"xla"`` keeps the inputs and the state before each chunk; its
 backward recomputes one chunk at a time, so no state per token ever exists for more than a chunk. Inside a chunk decays and writes
 are computed at once (the exponential does not vectorise inside the loop) and the steps, a product and a sum each, are
-sequential: on CPU, associative and two-pass chunked scans were slower.
+sequential: on CPU, associative and two-pass chunked scans were slower. ``"pallas"`` (``pallas_kernels.selective_scan``) walks over
+time once with the states on chip and makes decays and writes there.
 """
 
 import functools
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import selective_scan as kernel
 from seqjax.ops._dispatch import (
     check_chunk_size,
     check_floating,
@@ -27,7 +29,8 @@ from seqjax.ops._dispatch import (
     resolve_implementation,
     state_dtype,
 )
-from seqjax.ops._segments import clear_padding, segment_info
+from seqjax.ops._mesh import per_device
+from seqjax.ops._segments import clear_padding, segment_info, token_kinds
 
 OP = "selective_scan"
 CHUNK = 32
@@ -56,14 +59,14 @@ def selective_scan(
         initial_state: state before the first token ``[B, D, N]``; zeros by default.
         segment_ids: documents of a packed row ``[B, T]``: a change of id resets the state, 0 is padding.
         chunk_size: tokens per chunk of the ``"xla"`` form; memory grows with it, the number of chunk states falls.
-        implementation: ``"reference"``, ``"xla"`` or None (the best here).
+        implementation: ``"reference"``, ``"xla"``, ``"pallas"`` (GPU and TPU) or None (the best here).
 
     Returns:
         ``(y, state)``: outputs ``[B, T, D]`` in the dtype of ``x``, 0 at padding, and the last state ``[B, D, N]`` in float32.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
-        NotImplementedError: ``implementation="pallas"`` where there is no kernel.
+        NotImplementedError: ``implementation="pallas"`` where there is no kernel (the message says why).
 
     Example:
         >>> one = jnp.ones((1, 3, 1))
@@ -71,7 +74,6 @@ def selective_scan(
         >>> y[0, :, 0].tolist()
         [1.0, 1.5, 1.75]
     """
-    form = resolve_implementation(OP, implementation)
     sizes = check_shapes(
         OP,
         {
@@ -91,20 +93,30 @@ def selective_scan(
     if initial_state is None:
         initial_state = jnp.zeros((sizes["B"], sizes["D"], sizes["N"]), dtype)
     initial_state = initial_state.astype(dtype)
+    refusal = kernel.refusal(x, delta, A, B, C) if sizes["T"] > 1 else "is for more than one token"
+    form = resolve_implementation(OP, implementation, refusal, preferred=kernel.is_preferred())
     if sizes["T"] == 0:
         return x, initial_state
     output_dtype, A = x.dtype, A.astype(dtype)
+    segments = None if segment_ids is None else segment_info(segment_ids)
+    if form == "pallas":
+        return per_device(
+            kernel.selective_scan,
+            (x, delta, A, B, C, initial_state, token_kinds(segments)),
+            ("B T D", "B T D", "D N", "B T N", "B T N", "B D N", "B T"),
+            ("B T D", "B D N"),
+        )
     start = None
-    if segment_ids is not None:
+    if segments is not None:
         # A step of size 0 neither decays nor writes, so cleared padding needs no further care.
-        real, start, _ = segment_info(segment_ids)
+        real, start = segments.real, segments.start
         x, delta, B, C = (clear_padding(real, array) for array in (x, delta, B, C))
     if form == "reference":
         y, state = _reference(x, delta, A, B, C, initial_state, start)
     else:
         y, state = _chunked(x, delta, A, B, C, initial_state, start, chunk_size or CHUNK)
-    if segment_ids is not None:
-        y = clear_padding(real, y)
+    if segments is not None:
+        y = clear_padding(segments.real, y)
     return y.astype(output_dtype), state
 
 

@@ -65,6 +65,8 @@ class TrainConfig:
     """Of initial parameters and everything random in training (``data.seed`` shuffles)."""
     gradient_accumulation: int = 1
     """Microbatches per step; with the mesh's data x fsdp it must divide the batch size."""
+    kernels: Literal["auto", "pallas", "xla"] = "auto"
+    """Pallas kernels where they were measured to be faster, wherever there is one, or nowhere (``seqjax.ops.prefer``)."""
     patience: int = 10
     """Consecutive steps with a non-finite loss or gradient before training stops."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from seqjax.ops import prefer
 from seqjax.tasks import Task, batch_axes
 from seqjax.train import parameters, sharding
 from seqjax.train.config import TrainConfig
@@ -40,6 +41,7 @@ class Program:
         devices: list[jax.Device] | None = None,
     ):
         self.mesh = sharding.make_mesh(config.mesh, devices)
+        self._kernels = config.kernels
         self.structure = parameters.structure(build)
         rows, *time_axis = next(iter(batch.values())).shape
         sharding.check_batch(self.mesh, rows, time_axis[0] if time_axis else 1, config.gradient_accumulation)
@@ -121,7 +123,7 @@ class Program:
             begin = time.monotonic()
             # Without explicit output shardings the compiler may choose others, and a second step would not fit.
             step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.state_shardings, None))
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self.mesh), prefer(self._kernels):
                 self._compiled = step.lower(self.state_spec, self.batch_spec).compile()
             self.compile_seconds = time.monotonic() - begin
         return self._compiled
@@ -134,7 +136,7 @@ class Program:
         self, params: Mapping[str, Array], batch: Mapping[str, Array], carry: PyTree | None
     ) -> tuple[dict[str, Array], PyTree | None]:
         """Metrics of one batch, and the next carry."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), prefer(self._kernels):
             return self._evaluate(dict(params), dict(batch), carry)
 
     def initial_carry(self, params: Mapping[str, Array]) -> PyTree | None:

@@ -1,5 +1,6 @@
 """The benchmark tells the truth: it refuses wrong results, judges goals correctly and writes what it measured."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -15,7 +16,7 @@ from jax.lax import stop_gradient
 
 from seqjax import models, ops
 from seqjax.cli import main
-from seqjax.cli.bench import decode, measure
+from seqjax.cli.bench import decode, kernel_cases, kernels, measure
 from seqjax.cli.bench import train as train_suite
 from seqjax.cli.bench.ops import worst
 from seqjax.cli.bench.report import Goal, Report, columns, plain
@@ -275,3 +276,58 @@ def test_the_readme_of_the_benchmarks_is_made_from_the_files(tmp_path):
     assert code == 0
     text = module.readme(tmp_path)
     assert "## folder" in text and "| causal_convolution |" in text and "commit" in text
+
+
+TINY_KERNELS = ("--tokens", "128", "--lengths", "32", "64", "--heads", "2", "--dims", "16", "--repeats", "1")
+
+
+def test_kernels_times_the_xla_form_and_says_why_there_is_no_kernel(tmp_path):
+    code, result = bench(tmp_path, "kernels", *TINY_KERNELS, "--filter", "linear_attention scalar")
+    assert code == 0 and result is not None
+    check_envelope(result, "kernels")
+    assert [(row["T"], row["pass"]) for row in result["rows"]] == [(64, "f"), (64, "f+b"), (32, "f"), (32, "f+b")]
+    for row in result["rows"]:
+        assert row["xla ms"] > 0 and row["pallas ms"] is None and row["best"] == row["None picks"] == "xla"
+        assert row["rows"] * row["T"] == 128 and row["% of roofline"] > 0
+        assert "this is a cpu" in row["not timed"]["pallas"]
+    assert {goal["name"].split(":")[0] for goal in result["goals"]} >= {"results", "what None picks / the best form"}
+    assert "GB/s" in result["notes"][0] and "TFLOP/s" in result["notes"][0]
+
+
+def test_the_budget_of_kernels_cuts_the_grid_behind_its_centre(tmp_path):
+    code, result = bench(tmp_path, "kernels", *TINY_KERNELS, "--filter", "linear_recurrence real", "--budget-s", "1e-9")
+    assert code == 0 and result is not None and not result["rows"]
+    assert any("0 of 2 cells" in note for note in result["notes"])
+
+
+def test_the_grid_of_kernels_begins_with_the_centre_of_every_kernel():
+    def grid(**options):
+        return [(c.case.name, c.time, c.heads, c.dim) for c in kernels.cells(kernels.Options(**options))]
+
+    full = grid(grid="full", filter="linear_attention")
+    assert len(full) == len(set(full)) == 27 * 3
+    assert [cell[1:] for cell in full[:4]] == [(8192, 16, 128)] * 3 + [(2048, 16, 128)]
+    small = grid(filter="linear_attention none")
+    assert len(small) == 7 and small == [cell for cell in full if cell in small]
+
+
+def test_a_wrong_kernel_is_not_timed_and_misses_a_goal(tmp_path, monkeypatch):
+    # The XLA form in the kernel's place, right and wrong.
+    def form(factor):
+        def call(inputs, implementation):
+            output, state = ops.linear_attention(**inputs)
+            return (factor * output if implementation == "pallas" else output), state
+
+        return dataclasses.replace(case, op=dataclasses.replace(case.op, call=call))
+
+    case = kernel_cases.chosen("linear_attention none")[0]
+    for factor, passed in ((1.0, True), (1.5, False)):
+        monkeypatch.setattr(kernel_cases, "CASES", (form(factor),))
+        code, result = bench(tmp_path, "kernels", *TINY_KERNELS, "--strict")
+        assert result is not None and all((row["pallas ms"] is not None) is passed for row in result["rows"])
+        assert next(goal for goal in result["goals"] if goal["name"].startswith("results"))["passed"] is passed
+        if passed:
+            assert any(goal["name"].startswith("packed rows") for goal in result["goals"])
+            assert any(goal["name"].startswith("exponent") for goal in result["goals"])
+        else:
+            assert code == 1 and "wrong" in result["rows"][0]["not timed"]["pallas"]

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from seqjax.ops import linear_attention, linear_recurrence
+from seqjax.ops import linear_attention, linear_recurrence, selective_scan
 
 # Registers and spills of every kernel, on the standard output; read when the first one is compiled.
 os.environ.setdefault("MOSAIC_GPU_DUMP_PTXAS", "1")
@@ -71,6 +71,27 @@ def test_linear_recurrence(shape, dtype, packed, capfd):
         return linear_recurrence(x, **{name: gate}, initial_state=state, segment_ids=ids, implementation="pallas")
 
     check(call, (tokens, tokens, state), others, capfd)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "states"),
+    [((8, 4096, 2048), 16), ((8, 2048, 8192), 16), ((3, 1000, 200), 10), ((2, 20, 384), 3)],
+    ids=["full", "wide", "ragged", "short"],
+)
+def test_selective_scan(shape, states, dtype, packed, capfd):
+    batch, time, channels = shape
+    tokens = jax.ShapeDtypeStruct(shape, dtype)
+    columns = jax.ShapeDtypeStruct((batch, time, states), dtype)
+    rates = jax.ShapeDtypeStruct((channels, states), jnp.float32)
+    state = jax.ShapeDtypeStruct((batch, channels, states), jnp.float32)
+    others = (jax.ShapeDtypeStruct((batch, time), jnp.int32),) if packed else ()
+
+    def call(x, delta, A, B, C, state, ids=None):
+        return selective_scan(x, delta, A, B, C, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    check(call, (tokens, tokens, rates, columns, columns, state), others, capfd)
 
 
 @pytest.mark.parametrize("kind", ["plain", "decay", "packed"])

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from seqjax.ops import linear_attention, linear_recurrence
+from seqjax.ops import delta_rule, linear_attention, linear_recurrence, selective_scan
 
 pytestmark = pytest.mark.compile
 
@@ -66,7 +66,34 @@ def test_linear_recurrence(chip, dtype, batch, time, channels, packed):
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
-@pytest.mark.parametrize("kind", ["plain", "decay", "packed"])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize(
+    ("dtype", "batch", "time", "channels", "states"),
+    [
+        (jnp.float32, 2, 2048, 2048, 16),
+        (jnp.bfloat16, 2, 2048, 5120, 16),
+        (jnp.bfloat16, 3, 1000, 200, 10),
+        (jnp.bfloat16, 2, 50, 384, 64),
+    ],
+    ids=["f32", "bf16", "ragged", "short"],
+)
+def test_selective_scan(chip, dtype, batch, time, channels, states, packed):
+    tokens = jax.ShapeDtypeStruct((batch, time, channels), dtype)
+    columns = jax.ShapeDtypeStruct((batch, time, states), dtype)
+    rates = jax.ShapeDtypeStruct((channels, states), jnp.float32)
+    state = jax.ShapeDtypeStruct((batch, channels, states), jnp.float32)
+    others = (jax.ShapeDtypeStruct((batch, time), jnp.int32),) if packed else ()
+
+    def call(x, delta, A, B, C, state, ids=None):
+        return selective_scan(x, delta, A, B, C, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    text = compile_gradient(call, (tokens, tokens, rates, columns, columns, state), chip, others).as_text()
+    for kernel in ("selective_scan_forward", "selective_scan_backward"):
+        assert kernel in text
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("kind", ["plain", "decay", "packed", "channels"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize(
     ("time", "groups", "heads", "key_dim", "value_dim"),
@@ -81,9 +108,10 @@ def test_linear_recurrence(chip, dtype, batch, time, channels, packed):
 def test_linear_attention(chip, time, groups, heads, key_dim, value_dim, dtype, kind):
     keys = jax.ShapeDtypeStruct((2, time, groups, key_dim), dtype)
     values = jax.ShapeDtypeStruct((2, time, heads, value_dim), dtype)
-    gates = jax.ShapeDtypeStruct((2, time, heads), jnp.float32)
+    channels = (key_dim,) if kind == "channels" else ()
+    gates = jax.ShapeDtypeStruct((2, time, heads, *channels), jnp.float32)
     state = jax.ShapeDtypeStruct((2, heads, key_dim, value_dim), jnp.float32)
-    others = (jax.ShapeDtypeStruct((2, time), jnp.int32),) if kind == "packed" else ()
+    others = (jax.ShapeDtypeStruct((2, time), jnp.int32),) if kind in ("packed", "channels") else ()
 
     def call(query, key, value, state, gate=None, ids=None):
         return linear_attention(query, key, value, gate, initial_state=state, segment_ids=ids, implementation="pallas")
@@ -91,4 +119,34 @@ def test_linear_attention(chip, time, groups, heads, key_dim, value_dim, dtype, 
     arrays = (keys, keys, values, state) + ((gates,) if kind != "plain" else ())
     text = compile_gradient(call, arrays, chip, others).as_text()
     for kernel in ("linear_attention_forward_states", "linear_attention_backward"):
+        assert kernel in text
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("kind", ["packed", "channels"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize(
+    ("time", "groups", "heads", "key_dim", "value_dim"),
+    [
+        (1024, 8, 8, 64, 64),
+        (1024, 4, 4, 128, 128),
+        (512, 4, 4, 256, 256),
+        (1000, 2, 4, 128, 128),  # Qwen3-Next: two value heads per key head; a last chunk that is not full
+    ],
+    ids=["64", "128", "256", "grouped"],
+)
+def test_delta_rule(chip, time, groups, heads, key_dim, value_dim, dtype, kind):
+    keys = jax.ShapeDtypeStruct((2, time, groups, key_dim), dtype)
+    values = jax.ShapeDtypeStruct((2, time, heads, value_dim), dtype)
+    steps = jax.ShapeDtypeStruct((2, time, heads), jnp.float32)
+    channels = (key_dim,) if kind == "channels" else ()
+    gates = jax.ShapeDtypeStruct((2, time, heads, *channels), jnp.float32)
+    state = jax.ShapeDtypeStruct((2, heads, key_dim, value_dim), jnp.float32)
+    others = (jax.ShapeDtypeStruct((2, time), jnp.int32),)
+
+    def call(query, key, value, beta, gate, state, ids):
+        return delta_rule(query, key, value, beta, gate, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    text = compile_gradient(call, (keys, keys, values, steps, gates, state), chip, others).as_text()
+    for kernel in ("delta_rule_inverse", "delta_rule_forward_states", "delta_rule_backward"):
         assert kernel in text

@@ -7,6 +7,7 @@
 | ``train`` | the trainer's step against the bare jitted step; compile time of 24 layers against 4 | <= 1.03; <= 1.5x |
 | ``loader`` | tokens per second of the data loader against what the quickstart model consumes | >= 20x |
 | ``transformers`` | training and decoding against Hugging Face transformers with the same dimensions | >= 2x |
+| ``kernels`` | the Pallas kernels on this device against the XLA form, flash-linear-attention, cuDNN attention and the measured roofline | right results; packed rows <= 1.15x; exponent in T <= 1.05; ``implementation=None`` within 10% of the best form |
 
 Ratios are taken inside one process with the candidates interleaved, so that drift of the machine cancels; a result file holds the
 load average before the run. Like every command that computes, it runs with huge pages where it can (``seqjax.cli._process``).
@@ -24,6 +25,10 @@ SUITES = {
     "train": ("seqjax.cli.bench.train", "the trainer's step against the bare jitted step; compile time in depth"),
     "loader": ("seqjax.cli.bench.loader", "tokens per second of the loader against what a model consumes"),
     "transformers": ("seqjax.cli.bench.transformers", "training and decoding against Hugging Face transformers"),
+    "kernels": (
+        "seqjax.cli.bench.kernels",
+        "the Pallas kernels on this device, beside peers and the measured roofline",
+    ),
 }
 
 # Load average above which a reader is warned.

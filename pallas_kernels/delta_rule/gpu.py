@@ -1,0 +1,661 @@
+r"""The chunked delta rule on Hopper GPUs, no decay or one per head, forward and backward, for Pallas' Mosaic GPU lowering.
+
+.. math:: S' = e^{g_t} S_{t-1}, \qquad S_t = S' + \beta_t k_t (v_t - S'^T k_t)^T, \qquad o_t = scale \cdot S_t^T q_t
+
+per batch row and value head, with a float32 state :math:`S` [K, V] and bfloat16 operands. Tokens are cut into chunks of
+C = 64. With S the state before a chunk, :math:`G_i` the sum of its log decays up to and including token i,
+:math:`D_{ri} = e^{G_r - G_i}`, :math:`L_{ri} = k_r k_i D_{ri}` for i < r and :math:`P_{ri} = scale \cdot q_r k_i D_{ri}` for i <= r,
+
+.. math::
+    Z = M (V - (e^G K) S), \quad M = (I + L \, diag(\beta))^{-1}, \quad W = diag(\beta) Z, \qquad
+    O = scale (e^G Q) S + P W, \quad S \leftarrow e^{G_C} S + (e^{G_C - G} K)^T W.
+
+Documents, padding and the precision of the decays are those of ``_gpu``.
+
+**Forward.** ``_prepare`` makes M, one thread block per chunk and head. :math:`\beta` scales columns inside of M, so its diagonal is 1
+and loses nothing in bfloat16. ``_read`` walks a row as in ``linear_attention``: the grid is (batch, heads, blocks of 64 value
+columns), the K x 64 part of the state is in registers, HBM sees query, key, value, M and output once. A pass that will be
+differentiated also stores the bfloat16 copy of the state before every chunk.
+
+**Backward.** With dO and the cotangent D of the state after a chunk,
+
+    dW = P^T dO + (e^{G_C - G} K) D,    dR = M^T (beta dW),    dV = dR,    D <- e^{G_C} D + scale (e^G Q)^T dO - (e^G K)^T dR.
+
+This is separable in columns of V. ``_unwind`` walks it from the last chunk to the first, on the grid of the forward pass, and stores
+dV and D in bfloat16. ``_differentiate`` makes the rest, all chunks at once: it repeats Z and W, and with
+dP = scale D_ri (dO W^T) for i <= r and dL = -D_ri (dR W^T) for i < r,
+
+    dQ = dP K + scale e^G dO S^T,    dK = [dL K - e^G dR S^T] + [dL^T K + dP^T Q + e^{G_C - G} W D^T].
+
+Fused with the walk it would read D and M from shared memory, but only as many SMs as rows and heads would do all the work.
+
+``_differentiate`` has two warpgroups if K and V are 128, else one. Each owns an equal part of the columns of V for Z and W, and of those
+of K for dQ and dK. W, dP and dL (one made by each warpgroup) meet in shared memory, in the places of V and M.
+
+**Gradient of the log decays.** With k.dk of the first bracket (k as a reader of what came before) and of the second (as a writer),
+:math:`dG_i = q_i dq_i + (k_i dk_i)_{reader} - (k_i dk_i)_{writer}`, and what leaves the chunk depends on all its decays, in sum by
+:math:`\langle e^{G_C} S, D \rangle + \sum_i k_i (e^{G_C - G} W D^T)_i`. What tokens do to one another by L cancels in sums over the chunk,
+and is large where keys are alike: it is summed as dL_ri L_ri from float32, along rows and, made once more in transposed form, along
+columns. From dL in bfloat16 the gradient would be off by 3% in bad cases, in place of 1%. The kernel writes sums along rows, XLA
+does the rest.
+
+**Gradient of beta.** :math:`d\beta_r = \langle Z_r, dR_r \rangle / \beta_r`, an identity that needs neither dZ nor another product. To have no
+division by 0, a :math:`\beta` of less than ``MIN_BETA`` in size counts as that much, with its sign, in all kernels: then token r writes
+next to nothing, and dR_r, proportional to it, still has all the bits of bfloat16.
+
+**Shared memory** in KiB with documents and decay, and how many thread blocks of an SM it and the registers (at most 159, 171, 168 for
+K = 64 and 244, 168) leave room for; stages are two for keys, values or dO, and M, one for queries and all of ``_differentiate``:
+
+    K, V       _prepare    _read and _unwind                           _differentiate
+    64, 64     42; 3       2 x 24 + Q 8 + S 8 + W 8 + 2 = 74; 3        5 x 8 + M 8 + S, D 16 + dL 8 + 2 = 74; 3
+    64, 128    42; 3       the same                                    16 + 48 + M 8 + S, D 32 + dL 8 + 2 = 114; 1
+    128, 64    50; 3       2 x 32 + Q 16 + S 16 + W 8 + 2 = 106; 2     32 + 24 + M 8 + S, D 32 + dL 8 + 2 = 106; 2
+    128, 128   50; 3       the same                                    5 x 16 + M 8 + S, D 64 + dL 8 + 2 = 162; 1
+
+**Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _gpu
+from pallas_kernels._gpu import TILE, plgpu
+
+MIN_BETA = 1e-6
+"""Smaller step sizes count as this: it changes a state by a millionth of what a write of size 1 does."""
+
+_FAMILY = "delta_rule"
+_REFINEMENTS = 2  # of the inverse
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the pipelines: tokens per chunk, slots of shared memory for chunks in the walks forward and backward."""
+
+    chunk: int = TILE
+    stages: int = 2
+    backward_stages: int = 2
+
+    def __post_init__(self):
+        if self.chunk != TILE:
+            raise ValueError(f"chunk must be {TILE} (128 would spill), got {self.chunk}")
+        if min(self.stages, self.backward_stages) < 2:
+            raise ValueError(f"stages must be at least 2, got {self.stages} and {self.backward_stages}")
+
+
+def default_config(key_dim: int, value_dim: int) -> Config:
+    """Config with two stages for all sizes: more would mean fewer thread blocks on an SM, and these hide each other's latencies."""
+    del key_dim, value_dim
+    return Config()
+
+
+def refusal(
+    query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: tuple[Any, ...], log_decay_ndim: int = 3
+) -> str | None:
+    """Why there is no kernel for these arrays, or None.
+
+    Args:
+        query_shape: [B, T, G, K].
+        value_shape: [B, T, H, V].
+        dtypes: of query, key and value.
+        log_decay_ndim: 4 for a decay per channel.
+    """
+    return _gpu.refusal(query_shape, value_shape, dtypes, log_decay_ndim)
+
+
+def forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None,
+    state: jax.Array,
+    document: jax.Array | None,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+    save: bool,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Reads of all tokens and the state after the last.
+
+    A length that is not a multiple of ``chunk`` costs copies of the token arrays, filled up with padding.
+
+    Args:
+        query: [B, T, G, K] bfloat16; G divides H, query/key head g serves value heads g*H/G .. (g+1)*H/G - 1.
+        key: [B, T, G, K] bfloat16.
+        value: [B, T, H, V] bfloat16.
+        beta: [B, T, H].
+        log_decay: [B, T, H], at most 0 (-inf included), or None.
+        state: [B, H, K, V], the state before the first token.
+        document: [B, T] int32, the running document number of each token, -1 for padding; None if all is one document.
+        boundary: [B, N + 1] int32 for N chunks, numbers >= 0: those of the documents which the states before chunk n and after
+            chunk n-1 belong to. None with ``document``.
+        scale: factor on the reads.
+        save: whether to return what ``backward`` needs.
+        config: sizes of the pipelines; by default ``default_config``.
+        interpret: the call is under ``force_gpu_interpret_mode``, which lacks some forms of wgmma: replace them.
+
+    Returns:
+        ``(output, final, residuals)``: output [B, T, H, V] in the dtype of ``value``, unspecified at padding; final state
+        [B, H, K, V] float32; residuals, or None: states before the chunks [B, H, N, K, V] and M [B, H, N, C, C], in bfloat16.
+    """
+    walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
+    config = config or default_config(walk.key_dim, walk.value_dim)
+    query, key, value = (walk.fill(x) for x in (query, key, value))
+    small = _small(walk, beta, log_decay, document, boundary)
+    inverse = _prepare(walk, key, *small)
+    output, final, states = _read(
+        walk, query, key, value, inverse, state, *small, scale=scale, save=save, config=config
+    )
+    return output[:, : walk.time], final, (states, inverse) if save else None
+
+
+def backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None,
+    document: jax.Array | None,
+    boundary: jax.Array | None,
+    residuals: tuple[jax.Array, jax.Array],
+    dout: jax.Array,
+    dfinal: jax.Array,
+    *,
+    scale: float,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """Gradients of all arrays. Those of heads that share a query and key are summed in float32, from bfloat16.
+
+    Args:
+        query: as for ``forward``, and so are key, value, beta, log_decay, document, boundary, scale, config and interpret.
+        key: see there.
+        value: see there.
+        beta: see there.
+        log_decay: see there.
+        document: see there.
+        boundary: see there.
+        residuals: third result of ``forward``.
+        dout: [B, T, H, V], cotangent of the output: 0 at padding.
+        dfinal: [B, H, K, V], cotangent of the final state.
+        scale: see there.
+        config: see there.
+        interpret: see there.
+
+    Returns:
+        ``(dquery, dkey, dvalue, dbeta, dlog_decay, dstate)``: the first three as the arrays, dbeta and dlog_decay [B, T, H] float32
+        (the latter None without decay), dstate [B, H, K, V] float32. Those of padding are 0.
+    """
+    walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
+    config = config or default_config(walk.key_dim, walk.value_dim)
+    query, key, value, dout = (walk.fill(x) for x in (query, key, value, dout.astype(value.dtype)))
+    states, inverse = residuals
+    small = _small(walk, beta, log_decay, document, boundary)
+    dvalue, dstates, dstate = _unwind(walk, query, key, dout, inverse, dfinal, *small, scale=scale, config=config)
+    dquery, dkey, sums = _differentiate(
+        walk, query, key, value, dout, dvalue, inverse, states, dstates, *small, scale=scale
+    )
+    dquery, dkey = (walk.sum_heads(x).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
+    steps, leaving, inside, lower = (sums[..., part.start : part.stop, :] for part in _sums(walk))
+    dbeta = walk.per_token(steps.sum(3)) / _step_sizes(beta)
+    if document is not None:
+        dbeta = jnp.where(document[..., None] >= 0, dbeta, 0.0)
+    dlog_decay = None
+    if log_decay is not None:
+        inside = inside.sum(3) + lower[..., 0, :] - lower[..., 1, :]
+        dlog_decay = walk.log_decay_gradient(inside, leaving.sum((3, 4)), log_decay, document)
+    return dquery, dkey, dvalue[:, : walk.time], dbeta, dlog_decay, dstate
+
+
+def _step_sizes(beta: jax.Array) -> jax.Array:
+    beta = beta.astype(jnp.float32)
+    return jnp.where(jnp.abs(beta) < MIN_BETA, jnp.copysign(MIN_BETA, beta), beta)
+
+
+def _small(walk: _gpu.Walk, beta, log_decay, document, boundary) -> tuple[jax.Array | None, jax.Array | None]:
+    """Vectors [B, H, N, ., C], namely sums of gates, if there are any, and step sizes; and rules."""
+    steps = _step_sizes(beta)
+    if document is not None:
+        steps = jnp.where(document[..., None] < 0, 1.0, steps)
+    vectors = walk.vectors(walk.gates(log_decay, document), walk.per_head(walk.fill(steps)))
+    return vectors, walk.rules(document, boundary)
+
+
+def _decays(walk: _gpu.Walk, vectors_g, rules_g, small, slot) -> tuple[_gpu.Decays, Any]:
+    """Of a chunk, and a reference to its step sizes."""
+    count = vectors_g.shape[3]
+    return walk.decays(count > 1, rules_g, small, slot), small["vectors"].at[slot, count - 1]
+
+
+def _prepare(walk: _gpu.Walk, key, vectors, rules) -> jax.Array:
+    """M [B, H, N, C, C] in bfloat16.
+
+    With X the inverse of the diagonal blocks of some size and F what I + L diag(beta) has in the lower left quarters of blocks of twice
+    that size, the inverse of these is X - X F X. No powers appear, which would grow without bound if keys are alike; but errors of
+    bfloat16 add up, to 8% at worst (nearly equal keys, beta = 2). Newton's X <- X + X (I - (I + L diag(beta)) X) squares them, if
+    operands of the bracket are split into two parts: to 0.25% and to 0.02%, which bfloat16 does not resolve. That takes 18 products;
+    to split the operands of all doublings would take 30 and be no better.
+    """
+    chunk = walk.chunk
+
+    def body(key_g, vectors_g, rules_g, inverse_g, *, tiles, small):
+        key_s, lower, parts, full = tiles["key"], tiles["lower"], tiles["parts"], small["full"]
+        row, head, n = walk.place()
+        walk.load(key_g.at[row, pl.ds(n * chunk, chunk), head // walk.repeats], key_s, 0, full)
+        walk.load_small(vectors_g, rules_g, row, head, n, small, 0)
+        walk.number(rules_g, small)
+        k = key_s.at[0]
+        plgpu.commit_smem()
+        plgpu.barrier_wait(full.at[0])
+        decays, beta = _decays(walk, vectors_g, rules_g, small, 0)
+        decays.clear_padding(k)
+
+        def split(tile, parts):
+            parts[0] = tile.astype(parts.dtype)
+            parts[1] = (tile - tile.astype(parts.dtype).astype(jnp.float32)).astype(parts.dtype)
+
+        tile = decays.pairs(walk.matmul(k, k.T), strict=True)
+        tile *= _gpu.columns(_gpu.vector(beta, 0), tile.shape)
+        split(tile, lower)
+
+        def times(x, tile):
+            parts[0] = tile.astype(parts.dtype)
+            plgpu.commit_smem()
+            return walk.matmul(x.astype(parts.dtype), parts.at[0])
+
+        line, column = (
+            plgpu.broadcasted_iota(jnp.int32, tile.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
+        )
+
+        def double(i, x):
+            below = jnp.where(((line >> i) ^ (column >> i)) == 1, _gpu.load(lower.at[0]).astype(jnp.float32), 0.0)
+            return x - times(times(x, below), x)
+
+        def refine(_, x):
+            split(x, parts)
+            plgpu.commit_smem()
+            total = walk.matmul(lower.at[0], parts.at[0])
+            total = walk.matmul(lower.at[0], parts.at[1], total)
+            total = walk.matmul(lower.at[1], parts.at[0], total)
+            error = jnp.where(line == column, 1.0, 0.0) - x - total
+            return x + times(x, error)
+
+        start = jnp.where(line == column, 1.0, jnp.where((line ^ column) == 1, -tile, 0.0))
+        inverse = lax.fori_loop(1, 6, double, start)
+        inverse = lax.fori_loop(0, _REFINEMENTS, refine, inverse)
+        parts[0] = inverse.astype(parts.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(parts.at[0], inverse_g.at[row, head, n])
+        # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
+        plgpu.wait_smem_to_gmem(0)
+
+    return walk.call(
+        body,
+        "prepare",
+        (key, vectors, rules),
+        jax.ShapeDtypeStruct((*walk.state_shape(walk.count)[:3], chunk, chunk), jnp.bfloat16),
+        {
+            "key": _gpu.tiles(1, chunk, walk.key_dim),
+            "lower": _gpu.tiles(2, chunk, chunk),
+            "parts": _gpu.tiles(2, chunk, chunk),
+        },
+        walk.small_scratch(1, vectors, rules, arrays=1),
+        flops=2 * chunk * walk.key_dim + 36 * chunk * chunk,
+        exponentials=0 if vectors.shape[3] == 1 else chunk,
+        blocks=walk.count,
+    )
+
+
+def _read(walk: _gpu.Walk, query, key, value, inverse, state, vectors, rules, *, scale, save, config):
+    """Output, final state, and states before the chunks if ``save``."""
+    chunk, width, stages = walk.chunk, TILE, min(config.stages, walk.count)
+
+    def body(
+        query_g, key_g, value_g, inverse_g, state_g, vectors_g, rules_g, out_g, final_g, states_g, *, tiles, small
+    ):
+        q, key_s, value_s, inverse_s = (tiles[name] for name in ("query", "key", "value", "inverse"))
+        carried, written = tiles["carried"], tiles["written"]
+        full, ready = small["full"], small["ready"]
+        row, head, block = walk.place()
+        group, columns = head // walk.repeats, pl.ds(block * width, width)
+
+        def fetch(n, slot):
+            tokens = pl.ds(n * chunk, chunk)
+            walk.load(key_g.at[row, tokens, group], key_s, slot, full)
+            walk.load(value_g.at[row, tokens, head, columns], value_s, slot, full)
+            walk.load(inverse_g.at[row, head, n], inverse_s, slot, full)
+            walk.load_small(vectors_g, rules_g, row, head, n, small, slot)
+
+        def fetch_query(n):
+            # Needed last: one slot will do, and leaves room for another thread block.
+            plgpu.copy_gmem_to_smem(query_g.at[row, pl.ds(n * chunk, chunk), group], q, ready)
+
+        def step(n, state):
+            slot = lax.rem(n, stages)
+            plgpu.barrier_wait(full.at[slot])
+            k, v, inverse = key_s.at[slot], value_s.at[slot], inverse_s.at[slot]
+            decays, beta = _decays(walk, vectors_g, rules_g, small, slot)
+            decays.clear_padding(k, v)
+            if save:
+                # The store of the last copy has left shared memory; the output's may still be under way.
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            carried[...] = state.astype(carried.dtype)
+            # wgmma and TMA read through another proxy than the threads write.
+            plgpu.commit_smem()
+            if save:
+                plgpu.copy_smem_to_gmem(carried, states_g.at[row, head, n, :, columns])
+            r = _gpu.load(v).astype(jnp.float32) - _gpu.scaled(decays.from_start(), walk.matmul(k, carried))
+            v[...] = r.astype(v.dtype)
+            plgpu.commit_smem()
+            w = _gpu.scaled(_gpu.vector(beta, 1), walk.matmul(inverse, v))
+            # The store of the last output, the newest but for this step's copy of the state.
+            plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)
+            v[...] = w.astype(v.dtype)
+            written[...] = _gpu.scaled(decays.to_end(), w).astype(written.dtype)
+            plgpu.commit_smem()
+            state = walk.matmul(k.T, written, _gpu.scaled(decays.across(), state))
+            plgpu.barrier_wait(ready)
+            # Through shared memory, because registers are scarce.
+            written[...] = decays.pairs(walk.matmul(q, k.T), scale).astype(written.dtype)
+            plgpu.commit_smem()
+            o = walk.matmul(written, v, _gpu.scaled(decays.from_start(scale), walk.matmul(q, carried)))
+            written[...] = o.astype(written.dtype)
+            # All threads have read the slot before TMA refills it, too.
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(written, out_g.at[row, pl.ds(n * chunk, chunk), head, columns])
+            pl.when(n + 1 < walk.count)(lambda: fetch_query(n + 1))
+            pl.when(n + stages < walk.count)(lambda: fetch(n + stages, slot))
+            return state
+
+        lax.fori_loop(0, stages, lambda n, _: fetch(n, n), None)
+        fetch_query(0)
+        walk.number(rules_g, small)
+        plgpu.commit_smem()
+        state = _gpu.load(state_g.at[row, head, :, columns], optimized=False)
+        state = lax.fori_loop(0, walk.count, step, state)
+        plgpu.store(final_g.at[row, head, :, columns], state, optimized=False)
+        # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
+        plgpu.wait_smem_to_gmem(0)
+
+    states = jax.ShapeDtypeStruct(walk.state_shape(walk.count), jnp.bfloat16) if save else None
+    return walk.call(
+        body,
+        "read",
+        (query, key, value, inverse, state.astype(jnp.float32), vectors, rules),
+        (value, jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32), states),
+        {
+            "query": _gpu.tiles(chunk, walk.key_dim),
+            "key": _gpu.tiles(stages, chunk, walk.key_dim),
+            "value": _gpu.tiles(stages, chunk, width),
+            "inverse": _gpu.tiles(stages, chunk, chunk),
+            "carried": _gpu.tiles(walk.key_dim, width),
+            "written": _gpu.tiles(chunk, width),
+        },
+        walk.small_scratch(stages, vectors, rules, arrays=3) | {"ready": plgpu.Barrier()},
+        flops=2 * chunk * (walk.key_dim + 2 * walk.value_dim) + 6 * walk.key_dim * walk.value_dim,
+        exponentials=0 if vectors.shape[3] == 1 else chunk,
+        blocks=walk.value_dim // width,
+    )
+
+
+def _unwind(walk: _gpu.Walk, query, key, dout, inverse, dfinal, vectors, rules, *, scale, config):
+    """dV, cotangents of the states after the chunks in bfloat16, and that of the initial state."""
+    chunk, width, last = walk.chunk, TILE, walk.count - 1
+    stages = min(config.backward_stages, walk.count)
+
+    def body(
+        query_g, key_g, dout_g, inverse_g, dfinal_g, vectors_g, rules_g, dvalue_g, dstates_g, dstate_g, *, tiles, small
+    ):  # fmt: skip
+        q, key_s, dout_s, inverse_s = (tiles[name] for name in ("query", "key", "dout", "inverse"))
+        carried, error = tiles["carried"], tiles["error"]
+        full, ready = small["full"], small["ready"]
+        row, head, block = walk.place()
+        group, columns = head // walk.repeats, pl.ds(block * width, width)
+
+        def fetch(i, slot):
+            tokens = pl.ds((last - i) * chunk, chunk)
+            walk.load(key_g.at[row, tokens, group], key_s, slot, full)
+            walk.load(dout_g.at[row, tokens, head, columns], dout_s, slot, full)
+            walk.load(inverse_g.at[row, head, last - i], inverse_s, slot, full)
+            walk.load_small(vectors_g, rules_g, row, head, last - i, small, slot)
+
+        def fetch_query(i):
+            # Not needed to the end: one slot will do, and leaves room for another thread block.
+            plgpu.copy_gmem_to_smem(query_g.at[row, pl.ds((last - i) * chunk, chunk), group], q, ready)
+
+        def step(i, dstate):
+            n, slot = last - i, lax.rem(i, stages)
+            plgpu.barrier_wait(full.at[slot])
+            k, do, inverse = key_s.at[slot], dout_s.at[slot], inverse_s.at[slot]
+            decays, beta = _decays(walk, vectors_g, rules_g, small, slot)
+            # The stores of the last step have left shared memory.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            carried[...] = dstate.astype(carried.dtype)
+            plgpu.barrier_wait(ready)
+            decays.clear_padding(k, q, do)
+            error[...] = _gpu.scaled(decays.from_start(scale), _gpu.load(do).astype(jnp.float32)).astype(error.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(carried, dstates_g.at[row, head, n, :, columns])
+            dstate = walk.matmul(q.T, error, _gpu.scaled(decays.across(), dstate))
+            # Through shared memory, because registers are scarce.
+            error[...] = decays.pairs(walk.matmul(q, k.T), scale).astype(error.dtype)
+            # All threads have read the query before TMA replaces it, too.
+            plgpu.commit_smem()
+            pl.when(i < last)(lambda: fetch_query(i + 1))
+            dw = walk.matmul(error.T, do, _gpu.scaled(decays.to_end(), walk.matmul(k, carried)))
+            error[...] = _gpu.scaled(_gpu.vector(beta, 1), dw).astype(error.dtype)
+            plgpu.commit_smem()
+            dr = walk.matmul(inverse.T, error)
+            error[...] = dr.astype(error.dtype)
+            _gpu.scale_rows(k, decays.from_start(-1.0))
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(error, dvalue_g.at[row, pl.ds(n * chunk, chunk), head, columns])
+            dstate = walk.matmul(k.T, error, dstate)
+            plgpu.commit_smem()
+            pl.when(i + stages < walk.count)(lambda: fetch(i + stages, slot))
+            return dstate
+
+        lax.fori_loop(0, stages, lambda i, _: fetch(i, i), None)
+        fetch_query(0)
+        walk.number(rules_g, small)
+        plgpu.commit_smem()
+        dstate = _gpu.load(dfinal_g.at[row, head, :, columns], optimized=False)
+        dstate = lax.fori_loop(0, walk.count, step, dstate)
+        plgpu.store(dstate_g.at[row, head, :, columns], dstate, optimized=False)
+        # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
+        plgpu.wait_smem_to_gmem(0)
+
+    return walk.call(
+        body,
+        "unwind",
+        (query, key, dout, inverse, dfinal.astype(jnp.float32), vectors, rules),
+        (
+            dout,
+            jax.ShapeDtypeStruct(walk.state_shape(walk.count), jnp.bfloat16),
+            jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
+        ),
+        {
+            "query": _gpu.tiles(chunk, walk.key_dim),
+            "key": _gpu.tiles(stages, chunk, walk.key_dim),
+            "dout": _gpu.tiles(stages, chunk, width),
+            "inverse": _gpu.tiles(stages, chunk, chunk),
+            "carried": _gpu.tiles(walk.key_dim, width),
+            "error": _gpu.tiles(chunk, width),
+        },
+        walk.small_scratch(stages, vectors, rules, arrays=3) | {"ready": plgpu.Barrier()},
+        flops=2 * chunk * (walk.key_dim + 2 * walk.value_dim) + 6 * walk.key_dim * walk.value_dim,
+        exponentials=0 if vectors.shape[3] == 1 else chunk,
+        blocks=walk.value_dim // width,
+    )
+
+
+def _sums(walk: _gpu.Walk) -> tuple[range, range, range, range]:
+    """Which sums of a chunk are what.
+
+    - Z.dR of the tokens, one of each block of value columns.
+    - What leaves the chunk: one of each square of S, of its rows, and of each block of key columns one of the tokens. Only with decay,
+      as the rest.
+    - Cotangents of the sums of gates, three of each block of key columns, but for what tokens do to one another by L.
+    - This, of the tokens as readers and as writers.
+    """
+    keys, values = walk.key_dim // TILE, walk.value_dim // TILE
+    sizes = (values, keys * (values + 1), 3 * keys, 2)
+    stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    steps, leaving, inside, lower = (range(stop - size, stop) for size, stop in zip(sizes, stops))
+    return steps, leaving, inside, lower
+
+
+def _differentiate(
+    walk: _gpu.Walk, query, key, value, dout, dvalue, inverse, states, dstates, vectors, rules, *, scale
+):
+    """dQ and dK per value head, and sums [B, H, N, ., C], see ``_sums``."""
+    chunk, warpgroups = walk.chunk, walk.warpgroups
+    value_blocks, key_blocks = (dim // warpgroups // TILE for dim in (walk.value_dim, walk.key_dim))
+    value_parts = walk.value_dim // TILE
+    steps, leaving, inside, lower = _sums(walk)
+    decaying = vectors.shape[3] > 1
+
+    def body(
+        query_g, key_g, value_g, dout_g, dvalue_g, inverse_g, states_g, dstates_g, vectors_g, rules_g,
+        dquery_g, dkey_g, sums_g, *, tiles, small,
+    ):  # fmt: skip
+        q, k, v, do = (tiles[name].at[0] for name in ("query", "key", "value", "dout"))
+        dr, inverse, before, after = (tiles[name].at[0] for name in ("dvalue", "inverse", "before", "after"))
+        dscores, dlower = inverse, tiles["dlower"]  # M is not needed any more when dP is made
+        full = small["full"]
+        (row, head, n), me = walk.place(), walk.warpgroup()
+        tokens = pl.ds(n * chunk, chunk)
+
+        def meet():
+            # What this warpgroup wrote is visible to wgmma and TMA, and it has read all it had to; then the same of the other.
+            plgpu.commit_smem()
+            if warpgroups > 1:
+                plgpu.barrier_arrive(small["together"])
+                plgpu.barrier_wait(small["together"])
+
+        def sum_rows(ref, tile):
+            return (_gpu.load(ref).astype(jnp.float32) * tile).sum(1)
+
+        def store_sums(sort, i, sums):
+            # At once: what waits for others would be spilled.
+            i += sort.start + (0 if sort is lower else me * (len(sort) // warpgroups))
+            plgpu.store(sums_g.at[row, head, n, i], sums, optimized=False)
+
+        @pl.when(me == 0)
+        def _start():
+            for name, source in (
+                ("key", key_g.at[row, tokens, head // walk.repeats]),
+                ("before", states_g.at[row, head, n]),
+                ("value", value_g.at[row, tokens, head]),
+                ("inverse", inverse_g.at[row, head, n]),
+                ("dvalue", dvalue_g.at[row, tokens, head]),
+                ("dout", dout_g.at[row, tokens, head]),
+                ("query", query_g.at[row, tokens, head // walk.repeats]),
+                ("after", dstates_g.at[row, head, n]),
+            ):
+                walk.load(source, tiles[name], 0, full)
+            walk.load_small(vectors_g, rules_g, row, head, n, small, 0)
+            walk.number(rules_g, small)
+
+        meet()
+        plgpu.barrier_wait(full.at[0])
+        decays, beta = _decays(walk, vectors_g, rules_g, small, 0)
+        if rules_g is not None:
+            pl.when(me == 0)(lambda: decays.clear_padding(k, v))
+            pl.when(me == warpgroups - 1)(lambda: decays.clear_padding(q, do))
+            meet()
+
+        for block in range(value_blocks):
+            columns = pl.ds((me * value_blocks + block) * TILE, TILE)
+            mine = v.at[:, columns]
+            read = _gpu.scaled(decays.from_start(), walk.matmul(k, before.at[:, columns]))
+            mine[...] = (_gpu.load(mine).astype(jnp.float32) - read).astype(mine.dtype)
+            plgpu.commit_smem()
+            z = walk.matmul(inverse, mine)
+            store_sums(steps, block, sum_rows(dr.at[:, columns], z))
+            mine[...] = _gpu.scaled(_gpu.vector(beta, 1), z).astype(mine.dtype)
+        meet()
+
+        # One warpgroup makes dP and another dL.
+        @pl.when(me == 0)
+        def _dscores():
+            dscores[...] = decays.pairs(walk.matmul(do, v.T), scale).astype(dscores.dtype)
+            if decaying:
+                tile = decays.pairs(walk.matmul(v, dr.T), -1.0, strict=True, transposed=True)
+                store_sums(lower, 1, (tile * walk.matmul(k, k.T)).sum(1))
+
+        @pl.when(me == warpgroups - 1)
+        def _dlower():
+            tile = decays.pairs(walk.matmul(dr, v.T), -1.0, strict=True)
+            dlower[...] = tile.astype(dlower.dtype)
+            if decaying:
+                store_sums(lower, 0, (tile * walk.matmul(k, k.T)).sum(1))
+
+        meet()
+        for block in range(key_blocks):
+            columns = pl.ds((me * key_blocks + block) * TILE, TILE)
+            my_q, my_k = q.at[:, columns], k.at[:, columns]
+            my_before, my_after = before.at[columns, :], after.at[columns, :]
+
+            if decaying:
+                pairs = zip(_gpu.parts(my_before), _gpu.parts(my_after))
+                for i, (mine, other) in enumerate(pairs, block * (value_parts + 1)):
+                    held = sum_rows(mine, _gpu.load(other).astype(jnp.float32))
+                    store_sums(leaving, i, _gpu.scaled(decays.across(), held))
+            dk = _gpu.scaled(decays.to_end(), walk.matmul(v, my_after.T))
+            if decaying:
+                store_sums(leaving, block * (value_parts + 1) + value_parts, sum_rows(my_k, dk))
+            dk = walk.matmul(dscores.T, my_q, dk)
+            if decaying:
+                store_sums(inside, 3 * block, -sum_rows(my_k, dk))
+            read = _gpu.scaled(decays.from_start(-1.0), walk.matmul(dr, my_before.T))
+            if decaying:
+                store_sums(inside, 3 * block + 1, sum_rows(my_k, read))
+            dk = walk.matmul(dlower, my_k, walk.matmul(dlower.T, my_k, dk + read))
+            dq = _gpu.scaled(decays.from_start(scale), walk.matmul(do, my_before.T))
+            dq = walk.matmul(dscores, my_k, dq)
+            if decaying:
+                store_sums(inside, 3 * block + 2, sum_rows(my_q, dq))
+            # No product will read these columns again, in this warpgroup or another.
+            my_q[...] = dq.astype(q.dtype)
+            my_k[...] = dk.astype(k.dtype)
+            plgpu.commit_smem()
+        meet()
+        pl.when(me == 0)(lambda: plgpu.copy_smem_to_gmem(q, dquery_g.at[row, tokens, head]))
+        pl.when(me == warpgroups - 1)(lambda: plgpu.copy_smem_to_gmem(k, dkey_g.at[row, tokens, head]))
+        # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
+        plgpu.wait_smem_to_gmem(0)
+
+    per_head = jax.ShapeDtypeStruct((*value.shape[:3], walk.key_dim), query.dtype)
+    sums = (*walk.state_shape(walk.count)[:3], lower.stop if decaying else steps.stop, chunk)
+    return walk.call(
+        body,
+        "differentiate",
+        (query, key, value, dout, dvalue, inverse, states, dstates, vectors, rules),
+        (per_head, per_head, jax.ShapeDtypeStruct(sums, jnp.float32)),
+        {
+            "query": _gpu.tiles(1, chunk, walk.key_dim),
+            "key": _gpu.tiles(1, chunk, walk.key_dim),
+            "value": _gpu.tiles(1, chunk, walk.value_dim),
+            "dout": _gpu.tiles(1, chunk, walk.value_dim),
+            "dvalue": _gpu.tiles(1, chunk, walk.value_dim),
+            "inverse": _gpu.tiles(1, chunk, chunk),
+            "before": _gpu.tiles(1, walk.key_dim, walk.value_dim),
+            "after": _gpu.tiles(1, walk.key_dim, walk.value_dim),
+            "dlower": _gpu.tiles(chunk, chunk),
+        },
+        walk.small_scratch(1, vectors, rules, arrays=8) | {"together": plgpu.Barrier(num_arrivals=warpgroups)},
+        flops=2 * chunk * ((6 if decaying else 4) * walk.key_dim + 4 * walk.value_dim)
+        + 8 * walk.key_dim * walk.value_dim,
+        exponentials=2 * chunk if decaying else 0,
+        blocks=walk.count,
+        warpgroups=warpgroups,
+    )

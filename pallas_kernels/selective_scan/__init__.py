@@ -1,0 +1,116 @@
+"""h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t, y_t = h_t C_t per channel, N states each: Mamba's scan, forward and backward, on GPU and TPU.
+
+Decays and writes are made in the kernel, so no array of size B T D N exists: the forward pass reads x and delta and writes y, the
+backward one reads x, delta and dy and writes dx and ddelta, besides B and C, which are small, and the states before chunks. States,
+products and exponentials are float32.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _target
+from pallas_kernels._target import Target
+from pallas_kernels._tokens import ORDINARY, PADDING, START
+
+__all__ = ["MEASURED", "ORDINARY", "PADDING", "START", "is_preferred", "refusal", "selective_scan"]
+
+MEASURED: frozenset[str] = frozenset()
+"""Platforms on which a device has confirmed the kernel's results and found it faster than the XLA form."""
+
+_STATES = {"tpu": 64, "gpu": 16}  # on a GPU they lie in the registers of a thread
+_GPU_CHANNELS = 8  # rows of a multiple of 16 bytes, which TMA needs; others are padded by a copy
+_ROWS = 65535  # blocks along an axis of a CUDA grid
+
+
+def selective_scan(
+    x: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    initial_state: jax.Array,
+    kind: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """h_t[d, n] = exp(delta_t[d] A[d, n]) h_{t-1}[d, n] + delta_t[d] x_t[d] B_t[n], y_t[d] = sum_n h_t[d, n] C_t[n].
+
+    Args:
+        x, delta: [B, T, D], float32 or bfloat16.
+        A: [D, N], float32.
+        B, C: [B, T, N], float32 or bfloat16.
+        initial_state: [B, D, N], float32.
+        kind: [B, T] int32 of START, ORDINARY, PADDING; None is all ORDINARY. Padding may hold anything, NaN included; y is 0
+            there, and its cotangent is not read.
+
+    Returns:
+        (y [B, T, D] in x's dtype, final state [B, D, N] in float32). Differentiable in all arrays but the kinds, through both.
+
+    Raises:
+        NotImplementedError: ``refusal`` has something to say.
+    """
+    if (reason := refusal(x, delta, A, B, C)) is not None:
+        raise NotImplementedError(f"selective_scan: the kernel {reason}")
+    here, channels = _target.target(), x.shape[-1]
+    extra = -channels % _GPU_CHANNELS if here.platform == "gpu" else 0
+    if extra:
+        x, delta = (jnp.pad(a, ((0, 0), (0, 0), (0, extra))) for a in (x, delta))
+        A, initial_state = jnp.pad(A, ((0, extra), (0, 0))), jnp.pad(initial_state, ((0, 0), (0, extra), (0, 0)))
+    y, final = _scan(x, delta, A, B, C, initial_state, kind, here)
+    return y[..., :channels], final[:, :channels]
+
+
+def refusal(x: jax.Array, delta: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array) -> str | None:
+    """Why there is no kernel for this call where it is traced, or None."""
+    if (reason := _target.refusal()) is not None:
+        return reason
+    for array in (x, delta, A, B, C):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"takes float32 and bfloat16; got {array.dtype}"
+    if x.size == 0 or A.size == 0:
+        return f"takes no empty arrays; got {x.shape} and {A.shape}"
+    platform = _target.target().platform
+    if A.shape[1] > _STATES[platform]:
+        return f"takes at most {_STATES[platform]} states per channel on a {platform.upper()}; got {A.shape[1]}"
+    if x.shape[0] > _ROWS and platform == "gpu":
+        return f"takes at most {_ROWS} rows on a GPU; got {x.shape[0]}"
+    return None
+
+
+def is_preferred() -> bool:
+    """Whether the kernel is the one to take where it runs, as far as that was measured."""
+    return _target.target().platform in MEASURED
+
+
+def _call(here: Target, name: str, *arguments: Any, **options: Any) -> Any:
+    """``forward`` or ``backward`` of the device's module."""
+    # Imported here: Pallas' device modules take a second that those who compute on a CPU should not pay.
+    if here.platform == "tpu":
+        from pallas_kernels.selective_scan import tpu
+
+        return getattr(tpu, name)(*arguments, **options, interpret=here.interpret)
+    from pallas_kernels.selective_scan import gpu
+
+    with _target.gpu_interpreter() if here.interpret else contextlib.nullcontext():
+        return getattr(gpu, name)(*arguments, **options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _scan(x, delta, A, B, C, state, kind, here: Target) -> tuple[jax.Array, jax.Array]:
+    return _call(here, "forward", x, delta, A, B, C, state, kind, emit=False)[:2]
+
+
+def _forward(x, delta, A, B, C, state, kind, here):
+    y, final, starts = _call(here, "forward", x, delta, A, B, C, state, kind, emit=True)
+    return (y, final), (x, delta, A, B, C, starts, kind)
+
+
+def _backward(here, residuals, cotangents):
+    x, delta, A, B, C, starts, kind = residuals
+    dx, ddelta, dA, dB, dC, dstate = _call(here, "backward", *residuals, *cotangents)
+    return dx, ddelta, dA.astype(A.dtype), dB.astype(B.dtype), dC.astype(C.dtype), dstate, None
+
+
+_scan.defvjp(_forward, _backward)

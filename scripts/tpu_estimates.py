@@ -1,0 +1,478 @@
+"""What the kernels would cost on TPUs that are not here, by the TPU compiler's own static estimates (needs libtpu: ``pip install seqjax[tpu]``).
+
+    python scripts/tpu_estimates.py                            all chips and kernels: about a quarter of an hour on two cores
+    python scripts/tpu_estimates.py --only delta_rule --chips v6e
+
+For every kernel, chip, head dimension and dtype, scaled to batch 4, T = 8192, 16 heads:
+
+- estimate: of every Pallas call the longer of cycles / clock and bytes / bandwidth. Cycles are libtpu's
+  (``--xla_jf_dump_static_llo_profile_to``), which walks the schedule through all grid steps; bytes are the call's operands and results.
+- roofline: the work the operation cannot do without (``seqjax.cli.bench.kernel_cases``) over the chip's bandwidth and peaks.
+- whole: estimate plus what XLA does around the calls; xla: the form it replaces. Both by the cycles that XLA itself assigns to its
+  instructions, times the trips of the loops around them.
+
+Nothing here has been compared with a chip: read ratios, not times.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+# The compile-only client must neither look for a TPU nor for the metadata server of a TPU machine.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# Two workers at a time each load the compiler.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+from pallas_kernels import _configs
+from seqjax.cli.bench import kernel_cases
+from seqjax.cli.bench.kernel_cases import KernelCase
+from seqjax.cli.bench.op_cases import Sizes
+from seqjax.cli.bench.report import Common, Goal, Report
+
+OUT = pathlib.Path(__file__).resolve().parents[1] / "experiments" / "benchmarks" / "tpu_estimates.json"
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+CLOCK = {"v5e": 1.50e9, "v5p": 1.75e9, "v6e": 1.75e9}
+"""Hz. The published bf16 peaks are these times two operations per multiplier and cycle (v5e 4 x 128^2 multipliers, v5p 8 x 128^2, v6e two
+MXUs of 256^2, each counted twice). By the same estimates a 4096^3 product takes 1.03, 1.03 and 1.07 times what the peak allows."""
+ALUS = 4
+"""Elementwise operations per lane and cycle of a core's vector unit (scaling book, jax-ml/scaling-book, `tpus.md`)."""
+SPLITS = {"bfloat16": 1, "float32": 6}
+"""bfloat16 products in one product of full precision."""
+
+BATCH, TIME, HEADS = 4, 8192, 16
+PROFILED = {"linear_recurrence": (512, 1024)}
+SHORTER = (256, 512)
+"""Two T at which calls are profiled, one row per core, to tell what a token costs: multiples of the kernels' blocks of time, and small, since the
+profile's cost is that of walking all steps."""
+COMPILED = 512
+"""T at which XLA's own estimates are read, of ``BATCH`` rows."""
+PASSES = ("forward", "training forward", "backward")
+COMPARED = ("real", "scan", "scalar")
+"""Endings of the kernels that are compared with their XLA form, in bfloat16 at dim 128: that takes a minute each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Common):
+    """Static estimates of the Pallas kernels for TPUs that are not here."""
+
+    out: pathlib.Path | None = OUT
+    """JSON file; rows of other runs that this one does not repeat stay in it."""
+    only: str = ""
+    """Only kernels whose name contains this, e.g. "delta_rule" or "scalar"."""
+    chips: tuple[str, ...] = tuple(TOPOLOGIES)
+    """Chips: v5e, v5p, v6e."""
+    dims: tuple[int, ...] = (64, 128, 256)
+    """Key and value dimensions in bfloat16; 128 is estimated in float32 too."""
+    jobs: int = 2
+    """Compilers at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One kernel in one setting."""
+
+    case: str
+    dim: int
+    dtype: str
+    config: tuple[tuple[str, int], ...] = ()
+    """Fields of the kernel's configuration that are not the default ones."""
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Unit":
+        """From JSON."""
+        config = tuple((name, value) for name, value in fields["config"])
+        return cls(fields["case"], fields["dim"], fields["dtype"], config)
+
+    def sizes(self, batch: int) -> Sizes:
+        """With ``HEADS`` heads."""
+        return Sizes(batch, HEADS, self.dim, self.dtype)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The two T at which it is profiled."""
+        return PROFILED.get(self.case.split()[0], SHORTER)
+
+    @property
+    def kernel(self) -> KernelCase:
+        """Its entry in the table of kernels."""
+        return next(case for case in kernel_cases.CASES if case.name == self.case)
+
+
+# --- Reading the compiler's output ---
+
+
+def profiled_cycles(text: str) -> int:
+    """Cycles of the Pallas calls in a module that was compiled under the profile flag; 0 where it has none."""
+    found = re.findall(r'tpu_custom_call.*"estimated_cycles":"(\d+)"', text)
+    return sum(map(int, found))
+
+
+def scoped_memory(text: str) -> int:
+    """Bytes of VMEM that the Pallas calls in an optimised module hold, the most of them."""
+    sizes = [
+        sum(int(size) for size in re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used[1]))
+        for line in text.splitlines()
+        if "tpu_custom_call" in line and (used := re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', line))
+    ]
+    return max(sizes, default=0)
+
+
+def module_cycles(text: str) -> dict[str, float]:
+    """XLA's estimates for the instructions of an optimised module, in sum for the "forward" and the "backward" pass.
+
+    An instruction in a loop counts once per trip; trips are the constant in the loop's condition. What was made by transposition is
+    backward; what has no origin (copies) belongs to the pass of the instruction scheduled before it.
+    """
+    computations: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else entry
+        elif name and line.startswith("  "):
+            computations[name].append(line)
+    totals = {"forward": 0.0, "backward": 0.0}
+
+    def trips(condition: str) -> int:
+        constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition]))
+        return max(map(int, constants), default=1)
+
+    def visit(name: str, times: int, part: str) -> None:
+        for line in computations[name]:
+            if origin := re.search(r'op_name="([^"]*)"', line):
+                part = "backward" if "transpose(" in origin[1] else "forward"
+            if loop := re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
+                visit(loop[2], times * trips(loop[1]), part)
+            elif "tpu_custom_call" not in line and (cycles := re.search(r'"estimated_cycles":"(\d+)"', line)):
+                totals[part] += times * int(cycles[1])
+
+    visit(entry, 1, "forward")
+    return totals
+
+
+# --- Compiling, in processes of their own ---
+
+
+def traced(unit: Unit, batch: int, time: int, implementation: str = "pallas") -> tuple[Any, Any, Any, Any]:
+    """The functions of the forward pass and of both passes, and their arguments, as shapes."""
+    inputs, results = kernel_cases.shapes(unit.kernel, unit.sizes(batch), time)
+    return (
+        kernel_cases.forward(unit.kernel, implementation),
+        kernel_cases.both(unit.kernel, implementation),
+        inputs,
+        results,
+    )
+
+
+@functools.cache
+def calls_by_pass(unit: Unit, batch: int, time: int) -> dict[str, list[Any]]:
+    """Equations of the Pallas calls of every pass, and of a forward pass that is not differentiated."""
+    forward, both, inputs, results = traced(unit, batch, time)
+    trained = kernel_cases.kernels(both, inputs, results)
+    back = ["backward" in call_name(call) for call in trained]
+    return {
+        "forward": kernel_cases.kernels(forward, inputs),
+        "training forward": [call for call, late in zip(trained, back) if not late],
+        "backward": [call for call, late in zip(trained, back) if late],
+    }
+
+
+def call_name(call: Any) -> str:
+    """The name that the kernel was given."""
+    return getattr(call.params.get("name_and_src_info"), "name", None) or call.params["name"]
+
+
+def call_bytes(call: Any) -> int:
+    """Bytes of the operands and results of a Pallas call."""
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in (*call.invars, *call.outvars))
+
+
+def work_profile(unit: Unit, cores: int, compile_: Any) -> dict[str, Any]:
+    """Cycles of every pass at full size, bytes and VMEM of its calls."""
+    result: dict[str, Any] = {}
+    full = calls_by_pass(unit, BATCH, TIME)
+    seen: dict[str, tuple[int, int]] = {}
+
+    def profile(call: Any) -> tuple[int, int]:
+        key = str((call_name(call), call.params["grid_mapping"].grid, [v.aval for v in call.invars]))
+        if key not in seen:
+            text = compile_(lambda *a: call.primitive.bind(*a, **call.params), [v.aval for v in call.invars])
+            seen[key] = profiled_cycles(text), scoped_memory(text)
+        return seen[key]
+
+    lengths = unit.lengths
+    # Rows beside rows are cut over the cores, so that a core walks so many tokens.
+    scale = (BATCH * TIME / cores - lengths[0]) / (lengths[1] - lengths[0])
+
+    def cycles(part: str, rows: int) -> list[float]:
+        """Of every call at full size. The tokens of the two lengths come in so many rows; what starting costs counts once."""
+        short, long = (
+            [profile(call)[0] for call in calls_by_pass(unit, cores * batch, length)[part]]
+            for batch, length in ((rows * n // lengths[0], lengths[0] // rows) if rows > 1 else (1, n) for n in lengths)
+        )
+        return [a + scale * (b - a) if a and b else 0 for a, b in zip(short, long)]
+
+    first = calls_by_pass(unit, cores, lengths[0])
+    for part in PASSES:
+        found, note = cycles(part, 1), None
+        if 0 in found:
+            # The profile has no number for blocks that are strided in HBM, as those of saved states are: rows of one chunk have none.
+            chunks = max(call.params["grid_mapping"].grid[-1] for call in first[part])
+            found, note = cycles(part, chunks), f"T = {lengths[0] // chunks}"
+        result[part] = {
+            "calls": [call_name(call) for call in first[part]],
+            "cycles": found,
+            "bytes": [call_bytes(call) for call in full[part]],
+            "vmem": max((profile(call)[1] for call in first[part]), default=0),
+            "note": "no profile" if 0 in found else note,
+        }
+    return result
+
+
+def worker(kind: str, chip: str) -> None:
+    """Read units from the standard input, write a line of JSON per unit: before and after it."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
+    mesh = Mesh(np.array([device]), ("data",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def compile_(function: Any, arguments: Any) -> str:
+        placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments)
+        return jax.jit(function).lower(*placed).compile().as_text() or ""
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        for fields in json.loads(sys.stdin.read()):
+            unit = Unit.of(fields)
+            print(json.dumps({"begin": fields}), flush=True)
+            # Traces of an earlier unit may be of another configuration.
+            jax.clear_caches()
+            cores = chip_info(chip).num_cores
+            if reason := kernel_cases.refusal(unit.kernel, unit.sizes(BATCH), TIME):
+                result: dict[str, Any] = {"refused": reason}
+            elif kind == "profile":
+                with (
+                    _configs.override(unit.case.split()[0], dict(unit.config))
+                    if unit.config
+                    else nullcontext([]) as asked
+                ):
+                    result = work_profile(unit, cores, compile_) | {"asked": sorted(set(asked))}
+            else:
+                result = {}
+                for name, implementation in (("around", "pallas"), ("xla", "xla")):
+                    _, both, *arguments = traced(unit, BATCH, COMPILED, implementation)
+                    cycles = module_cycles(compile_(both, arguments))
+                    result[name] = {part: TIME / COMPILED * value for part, value in cycles.items()}
+            print(json.dumps({"unit": fields, "result": result}), flush=True)
+
+
+def chip_info(chip: str) -> Any:
+    """JAX's table of the chip, whose numbers are per core."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    version = {"v5e": pltpu.ChipVersion.TPU_V5E, "v5p": pltpu.ChipVersion.TPU_V5P, "v6e": pltpu.ChipVersion.TPU_V6E}
+    cores = version[chip].num_physical_tensor_cores_per_chip
+    return pltpu.get_tpu_info_for_chip(version[chip], cores)
+
+
+def run_units(kind: str, chip: str, units: list[Unit]) -> Iterator[tuple[Unit, dict[str, Any] | str]]:
+    """Results of a worker, started anew without a unit on which it died (then the result is the reason)."""
+    while units:
+        with tempfile.TemporaryDirectory() as folder:
+            environment = dict(os.environ)
+            if kind == "profile":
+                environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
+            process = subprocess.run(
+                [sys.executable, __file__, "--worker", kind, chip],
+                input=json.dumps([dataclasses.asdict(unit) for unit in units]),
+                capture_output=True,
+                text=True,
+                env=environment,
+            )
+        begun = None
+        for line in process.stdout.splitlines():
+            if not line.startswith("{"):
+                continue
+            entry = json.loads(line)
+            if "begin" in entry:
+                begun = Unit.of(entry["begin"])
+                continue
+            unit, begun = Unit.of(entry["unit"]), None
+            units = [other for other in units if other != unit]
+            yield unit, entry["result"]
+        if process.returncode == 0:
+            return
+        reasons = [line for line in process.stderr.splitlines() if "CHECK failure" in line or "Error" in line]
+        if begun is None:
+            raise RuntimeError(f"{kind} for {chip} failed:\n{process.stderr[-2000:]}")
+        units = [other for other in units if other != begun]
+        yield begun, (reasons[-1] if reasons else f"exit code {process.returncode}")[:160]
+
+
+# --- The table ---
+
+
+def estimate_rows(chip: str, unit: Unit, profile: Any, compiled: Any) -> list[dict[str, Any]]:
+    """One row per pass."""
+    info, clock = chip_info(chip), CLOCK[chip]
+    bandwidth = info.num_cores * info.mem_bw_bytes_per_second
+    peak = info.num_cores * info.bf16_ops_per_second / SPLITS[unit.dtype]
+    vector = info.num_cores * info.num_lanes * info.num_sublanes * ALUS * clock
+    necessary = kernel_cases.work(unit.kernel, unit.sizes(BATCH), TIME)
+    rows = []
+    for part in PASSES:
+        key = "backward" if part == "backward" else "forward"
+        least = necessary[key].seconds(bandwidth, peak, vector)
+        row: dict[str, Any] = {"chip": chip, "kernel": unit.case, "pass": part, "dtype": unit.dtype, "dim": unit.dim}
+        rows.append(row)
+        if isinstance(profile, str):
+            row |= {"roofline ms": 1e3 * least, "note": profile}
+            continue
+        calls = profile[part]
+        seconds = None
+        if calls["note"] != "no profile":
+            seconds = sum(max(c / clock, b / bandwidth) for c, b in zip(calls["cycles"], calls["bytes"]))
+        row |= {
+            "cycles ms": 1e3 * sum(calls["cycles"]) / clock if seconds else None,
+            "bytes ms": 1e3 * sum(calls["bytes"]) / bandwidth,
+            "estimate ms": 1e3 * seconds if seconds else None,
+            "roofline ms": 1e3 * least,
+            "over roofline": seconds / least if seconds else None,
+        }
+        if isinstance(compiled, dict) and part != "training forward":
+            xla = max(compiled["xla"][key] / clock, necessary[key].bytes / bandwidth)
+            whole = seconds + compiled["around"][key] / clock if seconds else None
+            row |= {
+                "whole ms": 1e3 * whole if whole else None,
+                "xla ms": 1e3 * xla,
+                "over xla": whole / xla if whole else None,
+            }
+        row |= {"VMEM MiB": calls["vmem"] / 2**20, "note": calls["note"], "calls": dict.fromkeys(calls["calls"], "")}
+    return rows
+
+
+def goals_of(rows: list[dict[str, Any]]) -> list[Goal]:
+    """The worst row of each kind of goal."""
+    from seqjax.cli.bench.ops import worst
+
+    goals = []
+    for row in rows:
+        label = " ".join(str(row[name]) for name in ("chip", "kernel", "pass", "dtype", "dim"))
+        for column, limit in (("over roofline", 2.0), ("over xla", 1.0)):
+            if row.get(column) is not None:
+                goals.append((label, Goal(f"estimate {column}", row[column], limit)))
+    return worst(goals)
+
+
+NOTES = [
+    "estimate: longer of cycles / clock and bytes / bandwidth, summed over the Pallas calls of the pass; roofline: necessary bytes, matrix "
+    "products in chunks of 64 (float32: six bfloat16 products each) and elementwise operations (four per lane and cycle). training forward "
+    "also writes what the backward pass needs.",
+    "whole: estimate plus XLA's own estimates for what surrounds the calls; xla: the same estimates for the XLA form, at least its necessary "
+    f"bytes. Both are read at T = {COMPILED}, where XLA keeps more in VMEM than at full size, and scaled by tokens.",
+    f"Calls are profiled at T = {SHORTER[0]} and {SHORTER[1]} (linear_recurrence: 512 and 1024), one row per core, and extrapolated. 'T = n' in the notes: in rows of one chunk, because the "
+    "profile is 0 for blocks strided in HBM; a note that is a message of the compiler: the profile aborts, the kernel compiles.",
+]
+
+
+def key(row: dict[str, Any]) -> tuple:
+    """What makes two rows the same."""
+    return tuple(row[name] for name in ("chip", "kernel", "dtype", "dim", "pass"))
+
+
+def main() -> int:
+    """Estimate, print and write."""
+    import tyro
+    from rich.console import Console
+
+    from seqjax.cli.bench.report import plain, show
+
+    options = tyro.cli(Options, prog="tpu_estimates.py")
+    for chip in options.chips:
+        if chip not in TOPOLOGIES:
+            print(f"--chips {chip}: expected some of {', '.join(TOPOLOGIES)}", file=sys.stderr)
+            return 2
+    settings = [(dim, "bfloat16") for dim in options.dims] + ([(128, "float32")] if 128 in options.dims else [])
+    units = [
+        Unit(case.name, dim, dtype) for case in kernel_cases.chosen(options.only) for dim, dtype in settings
+        if "complex" not in case.name or dtype == "float32"
+    ]  # fmt: skip
+    compared = [unit for unit in units if unit.case.endswith(COMPARED) and (unit.dim, unit.dtype) == (128, "bfloat16")]
+    results: dict[tuple[str, str, Unit], Any] = {}
+    turns = iter([(chip, kind) for chip in options.chips for kind in ("profile", "compile")])
+    failures: list[BaseException] = []
+    lock = threading.Lock()
+
+    def work() -> None:
+        try:
+            while True:
+                with lock:
+                    turn = next(turns, None)
+                if turn is None:
+                    return
+                for unit, result in run_units(turn[1], turn[0], units if turn[1] == "profile" else compared):
+                    results[(*turn, unit)] = result
+                    print(*turn, unit.case, unit.dim, unit.dtype, file=sys.stderr)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(options.jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+    rows = []
+    for chip in options.chips:
+        for unit in units:
+            profile = results[(chip, "profile", unit)]
+            if not isinstance(profile, dict) or "refused" not in profile:
+                rows += estimate_rows(chip, unit, profile, results.get((chip, "compile", unit)))
+    if options.out is not None and options.out.exists():
+        fresh = {key(row) for row in rows}
+        rows += [row for row in json.loads(options.out.read_text())["rows"] if key(row) not in fresh]
+    order = [case.name for case in kernel_cases.CASES]
+    rows.sort(
+        key=lambda row: (
+            order.index(row["kernel"]),
+            *map(str, key(row)[2:3]),
+            row["dim"],
+            PASSES.index(row["pass"]),
+            row["chip"],
+        )
+    )
+    title = f"TPU kernels by the compiler's static estimate: batch {BATCH}, T = {TIME}, {HEADS} heads of dim (no TPU involved)"
+    report = Report("tpu_estimates", title, rows, goals_of(rows), NOTES, os.getloadavg()[0])
+    console = Console(width=220)
+    show(report, console)
+    if options.out is not None:
+        result = report.to_dict(options)
+        result["command"] = shlex.join(["python", "scripts/tpu_estimates.py", *sys.argv[1:]])
+        options.out.write_text(json.dumps(plain(result), indent=1) + "\n")
+        console.print(f"written to {options.out}")
+    return 1 if options.strict and not all(goal.passed for goal in report.goals) else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2], sys.argv[3])
+        sys.exit(0)
+    sys.exit(main())
