@@ -43,14 +43,18 @@ does the rest.
 division by 0, a :math:`\beta` of less than ``MIN_BETA`` in size counts as that much, with its sign, in all kernels: then token r writes
 next to nothing, and dR_r, proportional to it, still has all the bits of bfloat16.
 
-**Shared memory** in KiB with documents and decay, and how many thread blocks of an SM it and the registers (at most 159, 171, 168 for
-K = 64 and 244, 168) leave room for; stages are two for keys, values or dO, and M, one for queries and all of ``_differentiate``:
+**Shared memory** in KiB with its vectors and rules (2, as references are aligned), and how many thread blocks of an SM it and the
+registers leave room for. Stages are two for keys, values or dO, and M; one for queries, and in ``_differentiate``:
 
     K, V       _prepare    _read and _unwind                           _differentiate
     64, 64     42; 3       2 x 24 + Q 8 + S 8 + W 8 + 2 = 74; 3        5 x 8 + M 8 + S, D 16 + dL 8 + 2 = 74; 3
     64, 128    42; 3       the same                                    16 + 48 + M 8 + S, D 32 + dL 8 + 2 = 114; 1
     128, 64    50; 3       2 x 32 + Q 16 + S 16 + W 8 + 2 = 106; 2     32 + 24 + M 8 + S, D 32 + dL 8 + 2 = 106; 2
     128, 128   50; 3       the same                                    5 x 16 + M 8 + S, D 64 + dL 8 + 2 = 162; 1
+
+**Registers** per thread: 159 in ``_prepare``; up to 171 (K = 64; more than 168 leave room for 2 thread blocks only) and 232 in ``_read``,
+168 and 242 in ``_unwind``, 168 in ``_differentiate``, without spills. For that, P goes through shared memory (the compiler would put
+off its decays until they meet the next sums), and sums along rows are stored at once.
 
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
 """

@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._tokens import ORDINARY, PADDING, START
+from pallas_kernels._tokens import PADDING, START
 
 # Axes of the grid; a mesh or vmap axis around the kernel must not have the same name.
 _GRID = ("selective_scan_row", "selective_scan_channels")
@@ -43,6 +43,7 @@ _RESET = -1e30  # summand of the exponent: decay 0
 _ROWS, _PAD = 64, 132  # products summed at a time, and their channels with a pad that spreads rows over banks
 _PIECE = 8
 
+_load: Any = plgpu.load  # jax 0.10, for which there is no kernel, wants an index
 _TAKES_COST_ESTIMATE = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # jax >= 0.12
 
 
@@ -111,7 +112,7 @@ def forward(
             h = list(h)
             for t in [first + i for i in range(_GROUP)]:
                 step, write, bias = walk.token(x_s, delta_s, kind_s, chunk, slot, t)
-                y = None
+                y: Any = None
                 for n in states:
                     h[n] = _decay(step, rates[n], bias) * h[n] + write * b_s[slot, t, n]
                     read = h[n] * c_s[slot, t, n]
@@ -259,7 +260,8 @@ def backward(
                 step, write, _ = walk.token(x_s, delta_s, kind_s, chunk, slot, t)
                 real = walk.real(kind_s, chunk, slot, t)
                 dy = _where(real, dy_s[slot, t].astype(jnp.float32))
-                from_decay, from_write = None, None
+                from_decay: Any = None
+                from_write: Any = None
                 for n in states:
                     lam = mu[n] + dy * c_s[slot, t, n]
                     products_s[line + n, pl.ds(0, walk.width)] = lam * write
@@ -528,6 +530,6 @@ def _row_sums(products) -> jax.Array:
     """[64, 128] in shared memory to 64 sums: rows lie over threads here, a few columns at a time."""
     total = None
     for start in range(0, _WARPGROUP, _PIECE):
-        piece = plgpu.load(products.at[:, pl.ds(start, _PIECE)], layout=plgpu.Layout.WGMMA, optimized=False)
+        piece = _load(products.at[:, pl.ds(start, _PIECE)], layout=plgpu.Layout.WGMMA, optimized=False)
         total = piece if total is None else total + piece
     return jnp.sum(total, 1)

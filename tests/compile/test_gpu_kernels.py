@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from seqjax.ops import linear_attention, linear_recurrence, selective_scan
+from seqjax.ops import delta_rule, linear_attention, linear_recurrence, selective_scan
 
 # Registers and spills of every kernel, on the standard output; read when the first one is compiled.
 os.environ.setdefault("MOSAIC_GPU_DUMP_PTXAS", "1")
@@ -112,3 +112,21 @@ def test_linear_attention(key_dim, value_dim, groups, kind, capfd, request):
         return linear_attention(query, key, value, gate, initial_state=state, segment_ids=ids, implementation="pallas")
 
     check(call, (keys, keys, values, state) + ((gates,) if kind != "plain" else ()), others, capfd)
+
+
+@pytest.mark.parametrize("kind", ["plain", "decay", "packed"])
+@pytest.mark.parametrize("value_dim", [64, 128])
+@pytest.mark.parametrize("key_dim", [64, 128])
+@pytest.mark.parametrize("groups", [16, 1])
+def test_delta_rule(key_dim, value_dim, groups, kind, capfd):
+    batch, time, heads = 2, 1024 if groups > 1 else 1000, 16
+    keys = jax.ShapeDtypeStruct((batch, time, groups, key_dim), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16)
+    steps = jax.ShapeDtypeStruct((batch, time, heads), jnp.float32)
+    state = jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32)
+    others = (jax.ShapeDtypeStruct((batch, time), jnp.int32),) if kind == "packed" else ()
+
+    def call(query, key, value, beta, state, gate=None, ids=None):
+        return delta_rule(query, key, value, beta, gate, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    check(call, (keys, keys, values, steps, state) + ((steps,) if kind != "plain" else ()), others, capfd)

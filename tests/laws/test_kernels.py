@@ -176,42 +176,43 @@ def test_any_shape_and_mixed_decays(shape, dtype, packed):
 
 
 @pytest.mark.parametrize(
-    ("shape", "states", "dtype", "packed"),
+    ("platform", "shape", "states", "dtype", "packed"),
     [
-        ((1, 1, 130), 16, "float32", False),  # a single token is the kernel's too
-        ((3, 2, 1), 1, "bfloat16", True),
-        ((2, 140, 260), 32, "float32", True),  # blocks that do not divide the channels, two chunks
-        ((1, 40, 130), 64, "bfloat16", False),
+        ("tpu", (1, 1, 130), 16, "float32", False),  # a single token is the kernel's too
+        ("tpu", (3, 2, 1), 1, "bfloat16", True),
+        ("tpu", (2, 140, 260), 32, "float32", True),  # blocks that do not divide the channels, two chunks
+        ("tpu", (1, 40, 130), 64, "bfloat16", False),
+        pytest.param("gpu", (1, 6, 10), 16, "float32", True, marks=NEW_JAX),
     ],
 )
-def test_selective_scan_of_any_shape(shape, states, dtype, packed):
+def test_selective_scan_of_any_shape(platform, shape, states, dtype, packed):
     batch, time, dim = shape
     generator = np.random.default_rng(0)
     normal = lambda *size: jnp.asarray(generator.standard_normal(size), jnp.float32)  # noqa: E731
-    inputs = (
-        *(normal(*shape).astype(dtype), jax.nn.softplus(normal(*shape)).astype(dtype), -jnp.exp(normal(dim, states))),
-        *(
-            normal(batch, time, states).astype(dtype),
-            normal(batch, time, states).astype(dtype),
-            normal(batch, dim, states),
-        ),
-    )
+    x, delta, b, c = (normal(batch, time, n).astype(dtype) for n in (dim, dim, states, states))
+    inputs = x, jax.nn.softplus(delta), -jnp.exp(normal(dim, states)), b, c, normal(batch, dim, states)
     ids = jnp.asarray(np.cumsum(generator.random((batch, time)) < 0.1, 1) % 4) if packed else None
+    kinds = None if ids is None else token_kinds(segment_info(ids))
     weights = normal(*shape), normal(batch, dim, states)
 
-    def loss(inputs, form):
-        if form == "kernel":
-            result = selective_scan_kernel.selective_scan(
-                *inputs, token_kinds(None if ids is None else segment_info(ids))
-            )
-        else:
-            result = selective_scan(*inputs[:5], initial_state=inputs[5], segment_ids=ids, implementation=form)
+    def kernel(inputs):
+        return harness.weighted_sum(selective_scan_kernel.selective_scan(*inputs, kinds), weights)
+
+    def definition(inputs):
+        result = selective_scan(*inputs[:5], initial_state=inputs[5], segment_ids=ids, implementation="reference")
         return harness.weighted_sum(result, weights)
 
+    with pallas_kernels.interpreted(platform):
+        actual = jax.jit(jax.grad(kernel))(inputs)
+    assert_close_rms(actual, jax.jit(jax.grad(definition))(inputs), TOLERANCE[dtype])
+
+
+def test_selective_scan_refuses_more_states_than_fit():
+    inputs = jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)), -jnp.ones((8, 65)), jnp.ones((1, 2, 65)), jnp.ones((1, 2, 65))
     with pallas_kernels.interpreted("tpu"):
-        actual = jax.jit(jax.grad(functools.partial(loss, form="kernel")))(inputs)
-    expected = jax.jit(jax.grad(functools.partial(loss, form="reference")))(inputs)
-    assert_close_rms(actual, expected, TOLERANCE[dtype])
+        with pytest.raises(NotImplementedError, match="takes at most 64 states per channel on a TPU; got 65"):
+            selective_scan(*inputs, implementation="pallas")
+        selective_scan(*inputs)  # None falls back
 
 
 def test_heads_that_share_a_key_head_over_several_steps():
@@ -230,12 +231,9 @@ def test_heads_that_share_a_key_head_over_several_steps():
     assert_close_rms(actual, harness.oracle_gradients(spec, inputs, weights), TOLERANCE["float32"])
 
 
-@pytest.mark.skipif(jax.version.__version_info__ < (0, 12), reason="the kernel needs jax 0.12")
-@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-def test_linear_attention_on_gpu(packed):
-    """The kernel takes bfloat16 and heads of 64 and 128, which the specs of the laws are too small for."""
-    spec = next(spec for spec in SPECS if spec.name == "linear_attention_scalar_decay_grouped")
-    key, (batch, time, width) = jax.random.split(jax.random.key(3), 5), (1, 100, 64)
+def matrix_inputs_for_gpu(spec):
+    """The kernels take bfloat16 and heads of 64 and 128, which the specs of the laws are too small for."""
+    key, (batch, time, width) = jax.random.split(jax.random.key(3), 6), (1, 100, 64)
     decays = -jax.nn.softplus(jax.random.normal(key[3], (batch, time, 2)))
     inputs = {
         "query": jax.random.normal(key[0], (batch, time, 1, width), jnp.bfloat16),
@@ -244,6 +242,24 @@ def test_linear_attention_on_gpu(packed):
         "log_decay": decays.at[:, 7].set(-jnp.inf).at[:, 70].set(-1e4),
         "initial_state": jax.random.normal(key[4], (batch, 2, width, width)),
     }
+    if "beta" in spec.time_inputs:
+        unit = inputs["key"] / jnp.linalg.norm(inputs["key"].astype(jnp.float32), axis=-1, keepdims=True)
+        steps = 2 * jax.nn.sigmoid(2 * jax.random.normal(key[5], (batch, time, 2)))
+        inputs |= {"key": unit.astype(jnp.bfloat16), "beta": steps.at[:, 5].set(0.0)}
+    return inputs
+
+
+GPU_MATRIX = [spec for spec in SPECS if spec.name.endswith("scalar_decay_grouped")]
+needs_newest_jax = pytest.mark.skipif(
+    jax.version.__version_info__ < (0, 12), reason="the GPU kernel needs jax 0.12 (Python 3.12)"
+)
+
+
+@needs_newest_jax
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("spec", GPU_MATRIX, ids=repr)
+def test_matrix_states_on_gpu(spec, packed):
+    inputs = matrix_inputs_for_gpu(spec)
     ids = jnp.asarray([[1] * 30 + [2] * 50 + [0] * 5 + [2] * 5 + [3] * 5 + [0] * 5]) if packed else None
     poisoned = inputs
     if ids is not None:
@@ -255,6 +271,27 @@ def test_linear_attention_on_gpu(packed):
     weights = harness.random_weights(jax.eval_shape(spec.call, inputs))
     actual = compiled_gradients(spec, "gpu")(poisoned, ids, weights)
     assert_close_rms(actual, harness.oracle_gradients(spec, inputs, weights, ids), spec.bfloat16_ratio)
+    if ids is not None:
+        for name in spec.time_inputs:
+            assert not np.any(np.asarray(actual[1][name])[np.asarray(padding)]), f"{name}: padding has a gradient"
+
+
+@needs_newest_jax
+def test_nearly_equal_keys_on_gpu():
+    """Without decay, with keys that share a direction and steps up to 2, the inverse has entries of all sizes."""
+    spec = next(spec for spec in SPECS if spec.name == "delta_rule_scalar_decay_grouped")
+    inputs = matrix_inputs_for_gpu(spec)
+    keys = inputs["key"].astype(jnp.float32) + 0.3
+    steps = jnp.asarray([0.0, 1.0, 2.0])[jnp.arange(100) % 3]
+    inputs |= {
+        "key": (keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)).astype(jnp.bfloat16),
+        "beta": jnp.broadcast_to(steps[None, :, None], inputs["beta"].shape),
+        "log_decay": jnp.zeros_like(inputs["log_decay"]),
+    }
+    weights = harness.random_weights(jax.eval_shape(spec.call, inputs))
+    actual = compiled_gradients(spec, "gpu")(inputs, None, weights)
+    # The XLA form in bfloat16 is off by as much.
+    assert_close_rms(actual, harness.oracle_gradients(spec, inputs, weights), 2 * spec.bfloat16_ratio)
 
 
 def test_a_kernel_says_why_it_cannot_run_here():
