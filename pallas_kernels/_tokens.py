@@ -64,7 +64,7 @@ def decay_gradient(gates: jax.Array | None, log_decay: jax.Array | None, acts: j
     """Cotangent of ``log_decay`` [B, T, H] or [B, T, H, K] from what a kernel has made of it, [B, H, N, 1, C] or [B, T, H * K]; 0 where it
     does not act (``acts``).
     """
-    if gates is None or log_decay is None:
+    if gates is None or log_decay is None or acts is None:
         return None
     gradient = of_tokens(gates, log_decay.shape[1]) if log_decay.ndim == 3 else gates.reshape(log_decay.shape)
     return jnp.where(acts, gradient, 0.0).astype(log_decay.dtype)

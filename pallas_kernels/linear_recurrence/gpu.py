@@ -351,7 +351,11 @@ class _Walk:
                 "full": plgpu.Barrier(num_arrivals=len(arrays) + (kind is not None), num_barriers=self.stages),
                 "ready": plgpu.Barrier(num_arrivals=len(jax.tree.leaves(rows))),
             },
-            "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+            # Pallas puts a barrier before and after every store to shared memory. A thread meets only its own channels there, and before TMA
+            # reads or refills there is a `commit_smem`.
+            "compiler_params": plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+            ),
             "kernel_name": f"linear_recurrence_{name}_bd{self.width}_bt{self.tokens}",
         }
         if _TAKES_COST_ESTIMATE:
