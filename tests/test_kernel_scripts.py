@@ -76,16 +76,51 @@ def test_the_profile_and_the_memory_of_a_call_are_read(estimates):
     assert estimates.scoped_memory(MODULE) == 5120
 
 
+def test_bundles_and_vector_spills_are_counted(estimates):
+    analysis = "Schedule analysis:\n\ttotal scheduled bundles:    30\n\tnon empty scheduled bundles: 28\n"
+    lines = [
+        "LB: loop body",
+        "   0x1   :  { %1 = sst [smem:[#allocation33_spill]] %s0 }",  # a scalar
+        "  0x19 LB: > { %2 = vadd.f32 %v1, %v2 }",
+        "  0x1a   : > { %3 = vst [vmem:[#allocation5_spill] sm:$0xff] %v7  ;;  %4 = vst [vmem:[#allocation6_spill]] %v8 }",
+        "  0x1b   : > { %5 = vst [vmem:[%s3]] %v7 }",
+    ]
+    assert estimates.bundles_of(analysis, "\n".join(lines)) == {"total": 28, "bundles": 28, "spills": 1}
+    inner = "  0x1c LB: >> { %6 = vadd.f32 %v1, %v2 }"
+    assert estimates.bundles_of(analysis, "\n".join([*lines, inner]))["bundles"] is None
+
+
+def test_the_profile_stands_in_where_bundles_do_not_count(estimates, monkeypatch):
+    units = [estimates.Unit("linear_recurrence real", dim, "bfloat16") for dim in (64, 128, 256)]
+    counted = {"cycles": [1.0], "note": None, "spills": 3}
+    looped = {"cycles": [], "note": estimates.NONE, "spills": 4}
+    bundles = {
+        64: dict.fromkeys(estimates.PASSES, counted),
+        128: {part: looped if part == "backward" else counted for part in estimates.PASSES},
+        256: "does not compile",
+    }
+    profiled = dict.fromkeys(estimates.PASSES, {"cycles": [7.0], "note": "profile"})
+
+    def run_units(kind, chip, units):
+        return [(unit, bundles[unit.dim] if kind == "bundles" else profiled) for unit in units]
+
+    monkeypatch.setattr(estimates, "run_units", run_units)
+    found = {unit.dim: result for unit, result in estimates.measured("v6e", units)}
+    assert found[64] == bundles[64] and found[256] == "does not compile"
+    assert found[128]["forward"] == counted
+    assert found[128]["backward"] == {"cycles": [7.0], "note": "profile", "spills": 4}
+
+
 def test_a_row_takes_the_longer_of_cycles_and_bytes(estimates):
     unit = estimates.Unit("linear_recurrence real", 128, "bfloat16")
     info = estimates.chip_info("v5p")
     assert info.num_cores == 2
     bandwidth = info.num_cores * info.mem_bw_bytes_per_second
-    calls = {"calls": ["a"], "vmem": 1 << 20, "note": None}
+    calls = {"calls": ["a"], "vmem": 1 << 20, "note": None, "spills": 0}
     profile = {
         "forward": calls | {"cycles": [1.75e6], "bytes": [1]},  # a millisecond of the clock
         "training forward": calls | {"cycles": [1.0], "bytes": [0.002 * bandwidth]},
-        "backward": calls | {"cycles": [0], "bytes": [1], "note": "no profile"},
+        "backward": calls | {"cycles": [0], "bytes": [1], "note": estimates.NONE},
     }
     compiled = {"around": {"forward": 1.75e6, "backward": 0}, "xla": {"forward": 7e6, "backward": 7e6}}
     ahead, trained, back = estimates.estimate_rows("v5p", unit, profile, compiled)
@@ -113,10 +148,7 @@ def test_a_worker_that_dies_costs_one_unit(estimates, monkeypatch):
         "    if unit['dim'] == 128: print('LLO_CHECK failure: no', file=sys.stderr, flush=True); os._exit(134)\n"
         "    print(json.dumps({'unit': unit, 'result': {'dim': unit['dim']}}), flush=True)\n"
     )
-    run = estimates.subprocess.run
-    monkeypatch.setattr(
-        estimates.subprocess, "run", lambda command, **options: run([sys.executable, "-c", worker], **options)
-    )
+    monkeypatch.setattr(estimates, "worker_command", lambda kind, chip, folder: [sys.executable, "-c", worker])
     results = list(estimates.run_units("profile", "v6e", units))
     assert [unit.dim for unit, _ in results] == [64, 128, 256]
     assert [result for _, result in results] == [{"dim": 64}, "LLO_CHECK failure: no", {"dim": 256}]

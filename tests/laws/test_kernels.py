@@ -3,6 +3,7 @@
 `tests/compile` shows that the TPU kernels pass the real compilers.
 """
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -15,9 +16,9 @@ from jax.sharding import AxisType
 
 import pallas_kernels
 from pallas_kernels import selective_scan as selective_scan_kernel
-from seqjax.ops import selective_scan
+from seqjax.ops import delta_rule, linear_attention, selective_scan
 from seqjax.ops._segments import segment_info, token_kinds
-from tests.laws import harness
+from tests.laws import harness, specs_matrix
 from tests.laws.harness import TOLERANCE, assert_close_rms, assert_finite
 from tests.laws.test_ops import OPS, PACKED_IDS, TIME, extreme_inputs, inputs_of, separate_oracle
 
@@ -213,6 +214,60 @@ def test_selective_scan_refuses_more_states_than_fit():
         with pytest.raises(NotImplementedError, match="takes at most 64 states per channel on a TPU; got 65"):
             selective_scan(*inputs, implementation="pallas")
         selective_scan(*inputs)  # None falls back
+
+
+MATRIX_SHAPES = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 2),
+        "time": st.integers(2, 40),
+        "groups": st.integers(1, 3),
+        "repeats": st.integers(1, 2),
+        "key_dim": st.sampled_from([1, 5, 8]),
+        "value_dim": st.sampled_from([1, 6, 16]),
+        "packed": st.booleans(),
+    }
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [linear_attention, delta_rule], ids=["linear_attention", "delta_rule"])
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+@hypothesis.settings(
+    max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+@hypothesis.given(MATRIX_SHAPES)
+def test_matrix_ops_of_any_shape_and_mixed_decays(op, decay, shape):
+    generator = np.random.default_rng(sum(shape.values()))
+    batch, time, groups, key_dim = (shape[name] for name in ("batch", "time", "groups", "key_dim"))
+    heads = groups * shape["repeats"]
+    keys = generator.standard_normal((2, batch, time, groups, key_dim))
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    decays = -(10.0 ** generator.uniform(-6, 0, (batch, time, heads) + ((key_dim,) if decay == "channel" else ())))
+    decays[generator.random(decays.shape) < 0.05] = -np.inf
+    inputs = {
+        "query": keys[0],
+        "key": keys[1],
+        "value": generator.standard_normal((batch, time, heads, shape["value_dim"])),
+        "log_decay": decays,
+        "initial_state": generator.standard_normal((batch, heads, key_dim, shape["value_dim"])),
+    }
+    names = ("query", "key", "value", "beta") if op is delta_rule else ("query", "key", "value")
+    if op is delta_rule:
+        inputs["beta"] = generator.uniform(0, 2, (batch, time, heads))
+    inputs = {name: jnp.asarray(array, jnp.float32) for name, array in inputs.items()}
+    ids = jnp.asarray(np.cumsum(generator.random((batch, time)) < 0.2, 1) % 4) if shape["packed"] else None
+    spec = dataclasses.replace(
+        next(spec for spec in SPECS if spec.name.startswith(f"{op.__name__}_{decay}")),
+        call=functools.partial(specs_matrix.call, op=op, names=names),
+    )
+    weights = harness.random_weights(jax.eval_shape(spec.call, inputs))
+    with pallas_kernels.interpreted("tpu"):
+        actual = harness.compiled_gradients.__wrapped__(spec, "pallas")(inputs, ids, weights)
+    # Keys of few channels and steps near 1 leave little of a state: see above.
+    expected = harness.oracle_gradients(spec, inputs, weights, ids)
+    state = actual[1].pop("initial_state"), expected[1].pop("initial_state")
+    assert_close_rms(actual, expected, 3 * TOLERANCE["float32"])
+    np.testing.assert_allclose(*state, atol=1e-4 * np.abs(weights[1]).max())
 
 
 def test_heads_that_share_a_key_head_over_several_steps():
