@@ -38,15 +38,25 @@ SPECS = [spec for spec in OPS if spec.name in KERNELS]
 NEW_JAX = pytest.mark.skipif(
     jax.version.__version_info__ < (0, 11), reason="the GPU interpreter came with jax 0.11 (Python 3.12)"
 )
-every_kernel = pytest.mark.parametrize("spec", SPECS, ids=repr)
-every_platform = pytest.mark.parametrize(
-    ("spec", "platform"),
-    [
-        pytest.param(spec, platform, id=f"{spec}-{platform}", marks=NEW_JAX if platform == "gpu" else ())
-        for spec in SPECS
-        for platform in KERNELS[spec.name]
-    ],
-)
+# Compiled for a quarter of a minute per test and sharing their kernels with the settings that have one decay per head.
+LONG = {"linear_attention_channel_decay", "delta_rule_no_decay", "delta_rule_channel_decay"}
+
+
+def every(*, long: bool):
+    """Every kernel; ``long``: those of ``LONG`` are in the slow tier."""
+    marks = [pytest.mark.slow if long and spec.name in LONG else () for spec in SPECS]
+    return pytest.mark.parametrize("spec", [pytest.param(s, id=repr(s), marks=m) for s, m in zip(SPECS, marks)])
+
+
+def every_platform(*, long: bool):
+    """As ``every``, with the platforms."""
+    parameters = []
+    for spec in SPECS:
+        for platform in KERNELS[spec.name]:
+            marks = [NEW_JAX] if platform == "gpu" else []
+            marks += [pytest.mark.slow] if long and spec.name in LONG else []
+            parameters.append(pytest.param(spec, platform, id=f"{spec}-{platform}", marks=marks))
+    return pytest.mark.parametrize(("spec", "platform"), parameters)
 
 
 def at_tokens(mask, array):
@@ -65,9 +75,17 @@ def compiled_gradients(spec, platform):
     return run
 
 
-@every_platform
-@pytest.mark.parametrize("time", [3, 37])
-def test_the_kernel_and_all_its_gradients_equal_the_definition(spec, platform, time):
+@every_platform(long=False)
+def test_the_kernel_and_all_its_gradients_equal_the_definition(spec, platform):
+    compare_with_the_definition(spec, platform, 37)
+
+
+@every_platform(long=True)
+def test_rows_shorter_than_a_chunk(spec, platform):
+    compare_with_the_definition(spec, platform, 3)
+
+
+def compare_with_the_definition(spec, platform, time):
     inputs = inputs_of(spec, time)
     result = harness.compiled(spec, "reference")(inputs, None)
     for scales in ((1.0, 1.0), (0.0, 1.0)):  # the second is a loss of the final state only
@@ -78,7 +96,7 @@ def test_the_kernel_and_all_its_gradients_equal_the_definition(spec, platform, t
         assert_close_rms(compiled_gradients(spec, platform)(inputs, None, weights), expected, tolerance)
 
 
-@every_platform
+@every_platform(long=False)
 @pytest.mark.parametrize("garbage", [0.0, np.nan], ids=["clean", "nan"])
 def test_a_packed_row_is_its_documents_and_padding_cannot_leak(spec, platform, garbage):
     clean = inputs_of(spec, batch=len(PACKED_IDS))
@@ -94,7 +112,7 @@ def test_a_packed_row_is_its_documents_and_padding_cannot_leak(spec, platform, g
         assert not np.any(np.asarray(actual[1][name])[np.asarray(padding)]), f"{name}: padding has a gradient"
 
 
-@every_platform
+@every_platform(long=True)
 def test_bfloat16_inputs_lose_only_their_own_rounding(spec, platform):
     inputs = inputs_of(spec, dtype="bfloat16")
     weights = harness.random_weights(harness.compiled(spec, "reference")(inputs, None))
@@ -103,7 +121,7 @@ def test_bfloat16_inputs_lose_only_their_own_rounding(spec, platform):
     assert {name: g.dtype for name, g in gradients.items()} == {name: a.dtype for name, a in inputs.items()}
 
 
-@every_kernel
+@every(long=True)
 def test_extreme_inputs_stay_finite_and_right(spec):
     inputs = spec.make(jax.random.key(1), 1, 300, jnp.float32)
     function = compiled_gradients(spec, "tpu")
@@ -116,7 +134,7 @@ def test_extreme_inputs_stay_finite_and_right(spec):
         assert_close_rms(actual, expected, 3 * TOLERANCE["float32"], name)
 
 
-@every_kernel
+@every(long=True)
 def test_vmap_and_remat_change_nothing(spec):
     inputs, other = inputs_of(spec), spec.make(jax.random.key(9), 2, TIME, jnp.float32)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), inputs, other)
@@ -133,7 +151,7 @@ def test_vmap_and_remat_change_nothing(spec):
     assert_close_rms(together, jax.tree.map(lambda *a: np.stack(a), *separate), TOLERANCE["float32"])
 
 
-@every_kernel
+@every(long=True)
 def test_eight_devices_over_rows_and_channels(spec):
     inputs = spec.make(jax.random.key(4), 4, TIME, jnp.float32)
     if "x" in inputs:  # an even number of channels
