@@ -101,14 +101,13 @@ def estimated(
     """Seconds by the static estimate, or why not; and what the kernel looked up."""
     estimates = estimates_module()
     units = [estimates.Unit(STANDS_FOR[kernel], sizes.dim, sizes.dtype, fields) for fields in tries]
-    for unit, profile in estimates.run_units("profile", chip, units):
-        if isinstance(profile, str) or "refused" in profile:
-            yield unit.config, profile if isinstance(profile, str) else profile["refused"], []
+    for unit, found in estimates.measured(chip, units):
+        if isinstance(found, str) or "refused" in found:
+            yield unit.config, found if isinstance(found, str) else found["refused"], []
             continue
-        rows = [row for row in estimates.estimate_rows(chip, unit, profile, None) if row["pass"] != "forward"]
+        rows = [row for row in estimates.estimate_rows(chip, unit, found, None) if row["pass"] != "forward"]
         parts = [row["estimate ms"] for row in rows]
-        seconds = "no profile" if None in parts else 1e-3 * sum(parts)
-        yield unit.config, seconds, profile["asked"]
+        yield unit.config, estimates.NONE if None in parts else 1e-3 * sum(parts), found["asked"]
 
 
 def estimates_module() -> Any:

@@ -1,7 +1,8 @@
 """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t: one pass with the states on chip.
 
 The forward kernel reads query, key and value once and writes the output; a forward pass that will be differentiated also writes the
-state before every chunk of tokens, the only array besides inputs and outputs that grows with T.
+state before every chunk of tokens, the only array besides inputs and outputs that grows with T. (On GPUs, decays per channel take a kernel
+before this one, which turns query, key and decays into what it reads; it runs again in the backward pass.)
 """
 
 import contextlib
@@ -62,8 +63,7 @@ def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.A
     if _target.target().platform == "gpu":
         from pallas_kernels.linear_attention import gpu
 
-        gates = 3 if log_decay is None else log_decay.ndim
-        return gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype), gates)
+        return gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype))
     if not query.dtype == key.dtype == value.dtype or value.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes query, key and value of one dtype, float32 or bfloat16; got {query.dtype}, {key.dtype}, {value.dtype}"
     if query.size == 0 or value.size == 0:
@@ -165,9 +165,11 @@ class _Gpu:
     """The calls on GPU: heads are an axis, documents are numbers, and the chunks know those around them."""
 
     def __init__(self, static: _Static, log_decay: jax.Array | None, kind: jax.Array | None):
-        from pallas_kernels.linear_attention import gpu
+        from pallas_kernels.linear_attention import gpu, gpu_channels
 
-        self.module, self.static = gpu, static
+        channels = log_decay is not None and log_decay.ndim == 4
+        self.module: Any = gpu_channels if channels else gpu
+        self.static = static
         self.log_decay = None if log_decay is None else log_decay.astype(jnp.float32)
         self.dtype = None if log_decay is None else log_decay.dtype
         self.document, self.boundary = document_numbers(kind, gpu.Config().chunk)

@@ -79,18 +79,15 @@ def default_config(key_dim: int, value_dim: int) -> Config:
     return Config(backward_stages=2 if key_dim == value_dim else 3)
 
 
-def refusal(
-    query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: tuple[Any, ...], log_decay_ndim: int = 3
-) -> str | None:
-    """Why there is no kernel for these arrays, or None.
+def refusal(query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> str | None:
+    """Why there is no kernel for these arrays, here or in ``gpu_channels``, or None.
 
     Args:
         query_shape: [B, T, G, K].
         value_shape: [B, T, H, V].
         dtypes: of query, key and value.
-        log_decay_ndim: 4 for a decay per channel.
     """
-    return _gpu.refusal(query_shape, value_shape, dtypes, log_decay_ndim)
+    return _gpu.refusal(query_shape, value_shape, dtypes, log_decay_ndim=3)
 
 
 def forward(

@@ -239,7 +239,11 @@ class _Grid:
             out_specs=out_specs,
             out_shape=out_shape,
             scratch_shapes=[*kinds, *[pltpu.VMEM((c.rows, 1, c.channels), jnp.float32)] * scratch],
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=32
+                << 20,  # complex arrays take more than v5e's and v5p's default of 16 MiB; both have 64 or more
+            ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * size * len(moved),
                 transcendentals=size * transcendentals,

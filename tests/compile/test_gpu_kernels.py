@@ -94,7 +94,7 @@ def test_selective_scan(shape, states, dtype, packed, capfd):
     check(call, (tokens, tokens, rates, columns, columns, state), others, capfd)
 
 
-@pytest.mark.parametrize("kind", ["plain", "decay", "packed"])
+@pytest.mark.parametrize("kind", ["plain", "decay", "packed", "channels"])
 @pytest.mark.parametrize("value_dim", [64, 128])
 @pytest.mark.parametrize("key_dim", [64, 128])
 @pytest.mark.parametrize("groups", [16, 1])
@@ -104,9 +104,10 @@ def test_linear_attention(key_dim, value_dim, groups, kind, capfd, request):
     batch, time, heads = 2, 1024 if groups > 1 else 1000, 16
     keys = jax.ShapeDtypeStruct((batch, time, groups, key_dim), jnp.bfloat16)
     values = jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16)
-    gates = jax.ShapeDtypeStruct((batch, time, heads), jnp.float32)
+    channels = (key_dim,) if kind == "channels" else ()
+    gates = jax.ShapeDtypeStruct((batch, time, heads, *channels), jnp.float32)
     state = jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32)
-    others = (jax.ShapeDtypeStruct((batch, time), jnp.int32),) if kind == "packed" else ()
+    others = (jax.ShapeDtypeStruct((batch, time), jnp.int32),) if kind in ("packed", "channels") else ()
 
     def call(query, key, value, state, gate=None, ids=None):
         return linear_attention(query, key, value, gate, initial_state=state, segment_ids=ids, implementation="pallas")

@@ -47,8 +47,9 @@ def compile_gradient(function, arrays, chip, others=()):
         (jnp.bfloat16, 2, 2048, 2560),
         (jnp.bfloat16, 3, 1000, 200),
         (jnp.complex64, 2, 512, 384),
+        (jnp.complex64, 2, 1024, 2048),
     ],
-    ids=["f32", "bf16", "ragged", "complex"],
+    ids=["f32", "bf16", "ragged", "complex", "wide complex"],
 )
 def test_linear_recurrence(chip, dtype, batch, time, channels, packed):
     is_complex = dtype == jnp.complex64

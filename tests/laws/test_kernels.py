@@ -307,7 +307,8 @@ def test_heads_that_share_a_key_head_over_several_steps():
 def matrix_inputs_for_gpu(spec):
     """The kernels take bfloat16 and heads of 64 and 128, which the specs of the laws are too small for."""
     key, (batch, time, width) = jax.random.split(jax.random.key(3), 6), (1, 100, 64)
-    decays = -jax.nn.softplus(jax.random.normal(key[3], (batch, time, 2)))
+    channels = (width,) if "channel" in spec.name else ()
+    decays = -jax.nn.softplus(jax.random.normal(key[3], (batch, time, 2, *channels)))
     inputs = {
         "query": jax.random.normal(key[0], (batch, time, 1, width), jnp.bfloat16),
         "key": jax.random.normal(key[1], (batch, time, 1, width), jnp.bfloat16),
@@ -322,7 +323,11 @@ def matrix_inputs_for_gpu(spec):
     return inputs
 
 
-GPU_MATRIX = [spec for spec in SPECS if spec.name.endswith("scalar_decay_grouped")]
+GPU_MATRIX = [
+    spec
+    for spec in SPECS
+    if spec.name.endswith("scalar_decay_grouped") or spec.name == "linear_attention_channel_decay"
+]
 needs_newest_jax = pytest.mark.skipif(
     jax.version.__version_info__ < (0, 12), reason="the GPU kernel needs jax 0.12 (Python 3.12)"
 )

@@ -1,0 +1,499 @@
+r"""Chunked linear attention with one decay per key channel on Hopper GPUs, forward and backward, for Pallas' Mosaic GPU lowering.
+
+.. math:: S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T, \qquad o_t = scale \cdot S_t^T q_t
+
+per batch row and value head, with a float32 state :math:`S` [K, V] and bfloat16 operands. Tokens are cut into chunks of
+C = 64. With S the state before a chunk, :math:`G_{ic}` the sum of the log decays of channel c up to and including token i,
+
+.. math::
+    O = P V + R S, \quad S \leftarrow e^{G_C} S + W^T V, \qquad
+    P_{ij} = scale \sum_c q_{ic} k_{jc} e^{G_{ic} - G_{jc}} \; (j \le i), \quad R = scale \cdot e^G Q, \quad W = e^{G_C - G} K.
+
+**Levels.** :math:`e^{G_i - G_j}` cannot be split into :math:`e^{G_i}` and :math:`e^{-G_j}`, which overflows. So pairs of tokens are taken by levels
+l = 0 .. 5: j is in the first and i in the second half of a block of :math:`2^{l+1}` tokens. The decay is exp of the sum from the middle up to i
+times exp of the sum after j up to the middle, both at most 1. Let :math:`E` [C, K] have the one or the other, whichever half a token is
+in, and :math:`Z` be E times queries in second halves and keys in first ones. Then :math:`Z Z^T` has the weights of all pairs of the level.
+
+**Sums of gates** are products too, with matrices of 0 and 1 that are made in registers where they are used: of log decays in units of
+log 2, in two parts of bfloat16 each. Nothing is subtracted, so an exponent is off by at most 2^-17 of itself, and a large one stands for a
+decay of 0: ``_RESET`` at the start of a document, and for log decays below it. The gate of padding is 0, its keys, values and
+queries are selected away, and no other masks are needed for documents.
+
+**Forward.** ``_prepare`` makes P, R and W, one thread block per chunk and head. ``_carry`` walks a row; the grid is (batch, heads, blocks of 64
+value columns), the K x 64 part of the state is in registers. A pass that will be differentiated also stores the bfloat16 copy of the state
+before every chunk; P, R and W are made again in the backward pass.
+
+**Backward.** With dO and the cotangent D of the state after a chunk,
+
+    dV = P^T dO + W D,    D <- e^{G_C} D + R^T dO,
+
+which is the forward pass from the last chunk to the first, with R and W exchanged: ``_carry`` again. ``_differentiate`` makes the rest, one
+thread block per chunk, head and block of 64 key channels. With the symmetric matrix X of cotangents of pairs,
+:math:`X_{ij} = X_{ji} = scale \cdot dO_i V_j` for j <= i, and :math:`dZ = X Z` for the pairs of a level,
+
+    dQ = scale e^G (dO S^T) + X_ii K + E dZ (second halves),    dK = e^{G_C - G} (V D^T) + X_ii Q + E dZ (first halves).
+
+**Gradient of the log decays.** That of an exponent is Z dZ, and sums of gates have the transposed sums of these as gradients: products with
+the transposed matrices of 0 and 1, without a subtraction here either. What crosses the chunk adds :math:`\sum_V S D` times e^{G_C} to all tokens.
+
+**Shared memory** in KiB with its vectors and rules (2, as references are aligned), and how many thread blocks of an SM it and the
+registers leave room for:
+
+    K, V       _prepare                  _carry                                        _differentiate
+    64, 64     4 x 8 + 16 + 2 = 50; 3    2 x 24 + R 8 + S 8 + O 8 + 2 = 74; 3          32 + 4 x 8 + X 8 + 3 = 75; 2
+    64, 128    the same                  the same                                      32 + 4 x 16 + X 8 + 3 = 107; 2
+    128, 64    4 x 16 + 24 + 2 = 90; 2   2 x 32 + R 16 + S 16 + O 8 + 2 = 106; 2       as 64, 64
+    128, 128   the same                  the same                                      as 64, 128
+
+**Registers** per thread: 139 (K = 64) and up to 177 in ``_prepare``, up to 106 and 152 in ``_carry``, up to 248 in ``_differentiate`` (three
+sums of 32, a tile of decays and its like), without spills.
+
+**Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _gpu
+from pallas_kernels._gpu import TILE, plgpu
+from pallas_kernels.linear_attention.gpu import Config
+
+_FAMILY = "linear_attention_channels"
+_LEVELS = 6  # of pairs of tokens in a chunk
+_RESET = -1024.0  # in units of log 2: exp2 of it is 0, and so it is of a sum that has it; bfloat16 has it exactly
+_LOG2E = math.log2(math.e)
+
+
+def forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    document: jax.Array | None,
+    boundary: jax.Array | None,
+    *,
+    scale: float,
+    save: bool,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """As ``gpu.forward``, with log_decay [B, T, H, K]."""
+    walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
+    config = config or Config()
+    query, key, value = (walk.fill(x) for x in (query, key, value))
+    gates, across = _gates(walk, log_decay, document)
+    rules = walk.rules(document, boundary)
+    weights, reading, writing = _prepare(walk, query, key, gates, rules, scale=scale)
+    output, final, states = _carry(
+        walk, reading, writing, value, weights, across, rules, state, save=save, reverse=False, stages=config.stages
+    )
+    return output[:, : walk.time], final, states
+
+
+def backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    document: jax.Array | None,
+    boundary: jax.Array | None,
+    states: jax.Array,
+    dout: jax.Array,
+    dfinal: jax.Array,
+    *,
+    scale: float,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """As ``gpu.backward``, with log_decay and its gradient [B, T, H, K]."""
+    walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
+    config = config or Config()
+    query, key, value, dout = (walk.fill(x) for x in (query, key, value, dout.astype(value.dtype)))
+    gates, across = _gates(walk, log_decay, document)
+    rules = walk.rules(document, boundary)
+    weights, reading, writing = _prepare(walk, query, key, gates, rules, scale=scale)
+    dvalue, dstate, dstates = _carry(
+        walk, writing, reading, dout, weights, across, None, dfinal, save=True, reverse=True, stages=config.backward_stages
+    )  # fmt: skip
+    dquery, dkey, dlog_decay = _differentiate(
+        walk, query, key, value, dout, gates, across, rules, states, dstates, scale=scale
+    )
+    dquery, dkey = (walk.sum_heads(x).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
+    dlog_decay = dlog_decay[:, : walk.time]
+    if document is not None:
+        dlog_decay = jnp.where(document[..., None, None] >= 0, dlog_decay, 0.0)
+    return dquery, dkey, dvalue[:, : walk.time], dlog_decay, dstate
+
+
+def _gates(walk: _gpu.Walk, log_decay, document) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Log decays in units of log 2, in two parts of bfloat16 [B, T, H, K], and decays of whole chunks [B, H, N, 1, K] in float32."""
+    gates = jnp.maximum(_LOG2E * log_decay.astype(jnp.float32), _RESET)
+    if document is not None:
+        latest = jnp.maximum(lax.cummax(document, axis=1), 0)
+        starts = latest > jnp.pad(latest[:, :-1], ((0, 0), (1, 0)))
+        gates = jnp.where(starts[..., None, None], _RESET, gates)
+        gates = jnp.where(document[..., None, None] < 0, 0.0, gates)
+    gates = walk.fill(gates)
+    totals = gates.reshape(walk.batch, walk.count, walk.chunk, walk.heads, walk.key_dim).sum(2)
+    # A cast to bfloat16 and back is one that XLA may leave out.
+    high = lax.reduce_precision(gates, exponent_bits=8, mantissa_bits=7)
+    parts = high.astype(jnp.bfloat16), (gates - high).astype(jnp.bfloat16)
+    return parts, jnp.exp2(totals).transpose(0, 2, 1, 3)[:, :, :, None]
+
+
+class _Pairs:
+    """Tokens of a chunk along the rows and columns of a tile, for use in a kernel.
+
+    Matrices of 0 and 1 say which gates, along columns, are in the sum of a token; ``transposed`` ones which sums a gate is in. What depends
+    on a level is computed for rows, of which a thread has two. The rest is one comparison per element, since the compiler would keep what
+    is the same for all levels in registers.
+    """
+
+    def __init__(self, walk: _gpu.Walk):
+        self.walk = walk
+        layouts = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+        self.row, column = (plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout) for layout in layouts)
+        self.column = _gpu.columns(column, (TILE, TILE))
+        self.same = self._rows(self.row) == self.column
+        self.lower = self.column <= self._rows(self.row)
+
+    def upto(self, *, transposed: bool = False):
+        """From the start of the chunk up to a token and with it."""
+        return _ones(self._rows(self.row) <= self.column if transposed else self.lower)
+
+    def after(self, *, transposed: bool = False):
+        """After a token up to the end of the chunk."""
+        return _ones(self._rows(self.row) > self.column if transposed else self.column > self._rows(self.row))
+
+    def level(self, level, *, transposed: bool = False):
+        """Sums of a level: in second halves those up to a token, in first halves those after it, each within its half."""
+        start, end = self._half(level)
+        if transposed:
+            return _ones(self._between((self.row, end), (start, self.row - 1), level))
+        return _ones(self._between((start, self.row), (self.row + 1, end), level))
+
+    def of(self, level):
+        """Pairs of a level, in either order."""
+        start, end = self._half(level)
+        other = 1 << level
+        return self._between((start - other, end - other), (start + other, end + other), level)
+
+    def second(self, level):
+        """Rows of tokens in second halves."""
+        return self._rows(self._second(level)) == 1
+
+    def _second(self, level):
+        return (self.row >> level) & 1
+
+    def _half(self, level):
+        """First and last token of the half."""
+        start = self.row >> level << level
+        return start, start + (1 << level) - 1
+
+    def _between(self, in_second, in_first, level):
+        """Columns from .. to .."""
+        second = self._second(level) == 1
+        first, last = (self._rows(jnp.where(second, x, y)) for x, y in zip(in_second, in_first))
+        return (first <= self.column) & (self.column <= last)
+
+    def _rows(self, vector):
+        return _gpu.rows(vector, (TILE, TILE))
+
+    def decays(self, sums, gates):
+        """exp of sums of gates, both parts of them."""
+        high, low = gates
+        return jnp.exp2(self.walk.matmul(sums, low, self.walk.matmul(sums, high)))
+
+
+def _ones(mask):
+    return jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
+
+
+def _float(ref):
+    return _gpu.load(ref).astype(jnp.float32)
+
+
+def _prepare(walk: _gpu.Walk, query, key, gates, rules, *, scale) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """P [B, H, N, C, C], R and W [B, T, H, K], in bfloat16; 0 for what padding reads and writes."""
+    chunk = walk.chunk
+
+    def body(query_g, key_g, high_g, low_g, rules_g, weights_g, reading_g, writing_g, *, tiles, small):
+        q, k, high, low = (tiles[name].at[0] for name in ("query", "key", "high", "low"))
+        z, weights, full = tiles["z"], tiles["weights"], small["full"]
+        row, head, n = walk.place()
+        tokens = pl.ds(n * chunk, chunk)
+        for name, source in (
+            ("query", query_g.at[row, tokens, head // walk.repeats]),
+            ("key", key_g.at[row, tokens, head // walk.repeats]),
+            ("high", high_g.at[row, tokens, head]),
+            ("low", low_g.at[row, tokens, head]),
+        ):
+            walk.load(source, tiles[name], 0, full)
+        walk.load_small(None, rules_g, row, head, n, small, 0)
+        plgpu.barrier_wait(full.at[0])
+        walk.decays(False, rules_g, small, 0).clear_padding(q, k)
+        pairs = _Pairs(walk)
+        blocks = list(zip(*map(_gpu.parts, (q, k, z, high, low))))
+
+        def add_level(level, total):
+            for my_q, my_k, my_z, *my_gates in blocks:
+                decays = pairs.decays(pairs.level(level), my_gates)
+                x = jnp.where(pairs.second(level), _float(my_q), _float(my_k))
+                my_z[...] = (decays * x).astype(z.dtype)
+            # wgmma reads through another proxy than the threads write.
+            plgpu.commit_smem()
+            return jnp.where(pairs.of(level), walk.matmul(z, z.T), total)
+
+        own = jnp.where(pairs.same, walk.matmul(q, k.T), 0.0)
+        total = lax.fori_loop(0, _LEVELS, add_level, own)
+        weights[...] = jnp.where(pairs.lower, scale * total, 0.0).astype(weights.dtype)
+        for my_q, my_k, _, *my_gates in blocks:
+            my_q[...] = (scale * pairs.decays(pairs.upto(), my_gates) * _float(my_q)).astype(q.dtype)
+            my_k[...] = (pairs.decays(pairs.after(), my_gates) * _float(my_k)).astype(k.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(weights, weights_g.at[row, head, n])
+        plgpu.copy_smem_to_gmem(q, reading_g.at[row, tokens, head])
+        plgpu.copy_smem_to_gmem(k, writing_g.at[row, tokens, head])
+        # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
+        plgpu.wait_smem_to_gmem(0)
+
+    per_head = gates[0]
+    return walk.call(
+        body,
+        "prepare",
+        (query, key, *gates, rules),
+        (
+            jax.ShapeDtypeStruct((*walk.state_shape(walk.count)[:3], chunk, chunk), query.dtype),
+            per_head,
+            per_head,
+        ),
+        {
+            "query": _gpu.tiles(1, chunk, walk.key_dim),
+            "key": _gpu.tiles(1, chunk, walk.key_dim),
+            "high": _gpu.tiles(1, chunk, walk.key_dim),
+            "low": _gpu.tiles(1, chunk, walk.key_dim),
+            "z": _gpu.tiles(chunk, walk.key_dim),
+            "weights": _gpu.tiles(chunk, chunk),
+        },
+        walk.small_scratch(1, None, rules, arrays=4),
+        flops=2 * chunk * walk.key_dim * (3 * _LEVELS + 5),
+        exponentials=walk.key_dim * (_LEVELS + 2),
+        blocks=walk.count,
+    )
+
+
+def _carry(
+    walk: _gpu.Walk, reading, writing, value, weights, across, rules, state, *, save: bool, reverse: bool, stages: int
+):  # fmt: skip
+    """O = P V + R S and S <- exp(G_C) S + W^T V, chunk after chunk; if ``reverse``, from the last to the first and with P^T.
+
+    Args:
+        walk: sizes.
+        reading: R [B, T, H, K].
+        writing: W [B, T, H, K].
+        value: V [B, T, H, V].
+        weights: P [B, H, N, C, C].
+        across: exp(G_C) [B, H, N, 1, K].
+        rules: of the tokens, if V may hold anything at padding; else None.
+        state: S [B, H, K, V].
+        save: whether to return the states that the chunks read.
+        reverse: see above.
+        stages: slots of shared memory for chunks.
+
+    Returns:
+        O [B, T, H, V], the last state [B, H, K, V] float32, and the states that the chunks read [B, H, N, K, V], bfloat16, or None.
+    """
+    chunk, width, stages = walk.chunk, TILE, min(stages, walk.count)
+
+    def body(
+        reading_g, writing_g, value_g, weights_g, across_g, rules_g, state_g, out_g, final_g, states_g, *, tiles, small
+    ):
+        reading_s, writing_s, value_s, weights_s = (tiles[x] for x in ("reading", "writing", "value", "weights"))
+        carried, out = tiles["carried"], tiles["out"]
+        full, ready = small["full"], small["ready"]
+        row, head, block = walk.place()
+        columns = pl.ds(block * width, width)
+
+        def place(i):
+            return walk.count - 1 - i if reverse else i
+
+        def fetch(i, slot):
+            tokens = pl.ds(place(i) * chunk, chunk)
+            walk.load(writing_g.at[row, tokens, head], writing_s, slot, full)
+            walk.load(value_g.at[row, tokens, head, columns], value_s, slot, full)
+            walk.load(weights_g.at[row, head, place(i)], weights_s, slot, full)
+            walk.load_small(across_g, rules_g, row, head, place(i), small, slot)
+
+        def fetch_reading(i):
+            # Not needed to the end: one slot will do, and leaves room for another thread block.
+            plgpu.copy_gmem_to_smem(reading_g.at[row, pl.ds(place(i) * chunk, chunk), head], reading_s, ready)
+
+        def step(i, state):
+            n, slot = place(i), lax.rem(i, stages)
+            plgpu.barrier_wait(full.at[slot])
+            w, v, weights = writing_s.at[slot], value_s.at[slot], weights_s.at[slot]
+            walk.decays(False, rules_g, small, slot).clear_padding(v)
+            if save:
+                # The store of the last copy has left shared memory; the output's may still be under way.
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            carried[...] = state.astype(carried.dtype)
+            # wgmma and TMA read through another proxy than the threads write.
+            plgpu.commit_smem()
+            if save:
+                plgpu.copy_smem_to_gmem(carried, states_g.at[row, head, n, :, columns])
+            plgpu.barrier_wait(ready)
+            o = walk.matmul(weights.T if reverse else weights, v, walk.matmul(reading_s, carried))
+            # The store of the last output, the newest but for this step's copy of the state.
+            plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)
+            out[...] = o.astype(out.dtype)
+            # All threads have read what TMA refills, too.
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out, out_g.at[row, pl.ds(n * chunk, chunk), head, columns])
+            pl.when(i + 1 < walk.count)(lambda: fetch_reading(i + 1))
+            state = walk.matmul(w.T, v, _gpu.scaled(_gpu.vector(small["vectors"].at[slot, 0], 1), state))
+            plgpu.commit_smem()
+            pl.when(i + stages < walk.count)(lambda: fetch(i + stages, slot))
+            return state
+
+        lax.fori_loop(0, stages, lambda i, _: fetch(i, i), None)
+        fetch_reading(0)
+        state = _gpu.load(state_g.at[row, head, :, columns], optimized=False)
+        state = lax.fori_loop(0, walk.count, step, state)
+        plgpu.store(final_g.at[row, head, :, columns], state, optimized=False)
+        # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
+        plgpu.wait_smem_to_gmem(0)
+
+    return walk.call(
+        body,
+        "unwind" if reverse else "read",
+        (reading, writing, value, weights, across, rules, state.astype(jnp.float32)),
+        (
+            value,
+            jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
+            jax.ShapeDtypeStruct(walk.state_shape(walk.count), jnp.bfloat16) if save else None,
+        ),
+        {
+            "reading": _gpu.tiles(chunk, walk.key_dim),
+            "writing": _gpu.tiles(stages, chunk, walk.key_dim),
+            "value": _gpu.tiles(stages, chunk, width),
+            "weights": _gpu.tiles(stages, chunk, chunk),
+            "carried": _gpu.tiles(walk.key_dim, width),
+            "out": _gpu.tiles(chunk, width),
+        },
+        walk.small_scratch(stages, across, rules, arrays=3) | {"ready": plgpu.Barrier()},
+        flops=2 * chunk * walk.value_dim + 4 * walk.key_dim * walk.value_dim,
+        exponentials=0,
+        blocks=walk.value_dim // width,
+    )
+
+
+def _differentiate(
+    walk: _gpu.Walk, query, key, value, dout, gates, across, rules, states, dstates, *, scale
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dQ and dK [B, T, H, K] in bfloat16 and the gradient of the log decays [B, T, H, K] in float32, all per value head."""
+    chunk, width = walk.chunk, TILE
+    key_blocks = walk.key_dim // width
+
+    def body(
+        query_g, key_g, value_g, dout_g, high_g, low_g, across_g, rules_g, states_g, dstates_g,
+        dquery_g, dkey_g, dgates_g, *, tiles, small,
+    ):  # fmt: skip
+        q, k, v, do = (tiles[name].at[0] for name in ("query", "key", "value", "dout"))
+        before, after, high, low = (tiles[name].at[0] for name in ("before", "after", "high", "low"))
+        cotangents, crossing, full = tiles["cotangents"], small["crossing"], small["full"]
+        row, head, block = walk.place()
+        n, block = block // key_blocks, lax.rem(block, key_blocks)
+        tokens, columns = pl.ds(n * chunk, chunk), pl.ds(block * width, width)
+        for name, source in (
+            ("value", value_g.at[row, tokens, head]),
+            ("dout", dout_g.at[row, tokens, head]),
+            ("high", high_g.at[row, tokens, head, columns]),
+            ("low", low_g.at[row, tokens, head, columns]),
+            ("before", states_g.at[row, head, n, columns]),
+            ("after", dstates_g.at[row, head, n, columns]),
+            ("query", query_g.at[row, tokens, head // walk.repeats, columns]),
+            ("key", key_g.at[row, tokens, head // walk.repeats, columns]),
+        ):
+            walk.load(source, tiles[name], 0, full)
+        walk.load_small(across_g, rules_g, row, head, n, small, 0)
+        plgpu.barrier_wait(full.at[0])
+        walk.decays(False, rules_g, small, 0).clear_padding(q, k, v)
+        pairs = _Pairs(walk)
+
+        def add_sums(sums, gradients, total):
+            # Through shared memory, as the right factor of a product.
+            z[...] = gradients.astype(z.dtype)
+            plgpu.commit_smem()
+            return walk.matmul(sums, z, total)
+
+        def some(mask):
+            x = _gpu.load(cotangents)
+            return jnp.where(mask, x, jnp.zeros_like(x))
+
+        held = sum((_float(x) * _float(y)).sum(1) for x, y in zip(_gpu.parts(before), _gpu.parts(after)))
+        crossing[...] = _gpu.vector(small["vectors"].at[0, 0, columns], 1) * held
+        x = jnp.where(pairs.lower, walk.matmul(do, v.T), walk.matmul(v, do.T))
+        cotangents[...] = (scale * x).astype(cotangents.dtype)
+        plgpu.commit_smem()
+        dq = scale * pairs.decays(pairs.upto(), (high, low)) * walk.matmul(do, before.T)
+        # The state before the chunk is not needed any more: Z and its like take its place.
+        z = before.at[:, pl.ds(0, width)]
+        dgates = _gpu.columns(_gpu.vector(crossing, 0), (chunk, width))
+        dgates = add_sums(pairs.upto(transposed=True), dq * _float(q), dgates)
+        dk = pairs.decays(pairs.after(), (high, low)) * walk.matmul(v, after.T)
+        dgates = add_sums(pairs.after(transposed=True), dk * _float(k), dgates)
+        dq = walk.matmul(some(pairs.same), k, dq)
+        dk = walk.matmul(some(pairs.same), q, dk)
+
+        def add_level(level, gradients):
+            dq, dk, dgates = gradients
+            second = pairs.second(level)
+
+            def either():
+                return jnp.where(second, _float(q), _float(k))
+
+            decays = pairs.decays(pairs.level(level), (high, low))
+            z[...] = (decays * either()).astype(z.dtype)
+            plgpu.commit_smem()
+            dx = decays * walk.matmul(some(pairs.of(level)), z)
+            dq, dk = dq + jnp.where(second, dx, 0.0), dk + jnp.where(second, 0.0, dx)
+            return dq, dk, add_sums(pairs.level(level, transposed=True), dx * either(), dgates)
+
+        dq, dk, dgates = lax.fori_loop(0, _LEVELS, add_level, (dq, dk, dgates))
+        plgpu.store(dgates_g.at[row, tokens, head, columns], dgates, optimized=False)
+        q[...] = dq.astype(q.dtype)
+        k[...] = dk.astype(k.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q, dquery_g.at[row, tokens, head, columns])
+        plgpu.copy_smem_to_gmem(k, dkey_g.at[row, tokens, head, columns])
+        # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
+        plgpu.wait_smem_to_gmem(0)
+
+    per_head = gates[0]
+    return walk.call(
+        body,
+        "differentiate",
+        (query, key, value, dout, *gates, across, rules, states, dstates),
+        (per_head, per_head, jax.ShapeDtypeStruct(per_head.shape, jnp.float32)),
+        {
+            "query": _gpu.tiles(1, chunk, width),
+            "key": _gpu.tiles(1, chunk, width),
+            "value": _gpu.tiles(1, chunk, walk.value_dim),
+            "dout": _gpu.tiles(1, chunk, walk.value_dim),
+            "high": _gpu.tiles(1, chunk, width),
+            "low": _gpu.tiles(1, chunk, width),
+            "before": _gpu.tiles(1, width, walk.value_dim),
+            "after": _gpu.tiles(1, width, walk.value_dim),
+            "cotangents": _gpu.tiles(chunk, chunk),
+        },
+        walk.small_scratch(1, across, rules, arrays=8) | {"crossing": plgpu.SMEM((width,), jnp.float32)},
+        flops=2 * chunk * (walk.key_dim * (4 * _LEVELS + 8) + 2 * walk.value_dim * key_blocks)
+        + 4 * walk.key_dim * walk.value_dim,
+        exponentials=walk.key_dim * (_LEVELS + 2),
+        blocks=walk.count * key_blocks,
+    )
