@@ -49,12 +49,13 @@ def every(*, long: bool):
 
 
 def every_platform(*, long: bool):
-    """As ``every``, with the platforms."""
+    """As ``every``, with the platforms. Without decay the delta rule runs the same kernels as with one: always in the slow tier."""
+    slow = LONG if long else {"delta_rule_no_decay"}
     parameters = []
     for spec in SPECS:
         for platform in KERNELS[spec.name]:
             marks = [NEW_JAX] if platform == "gpu" else []
-            marks += [pytest.mark.slow] if long and spec.name in LONG else []
+            marks += [pytest.mark.slow] if spec.name in slow else []
             parameters.append(pytest.param(spec, platform, id=f"{spec}-{platform}", marks=marks))
     return pytest.mark.parametrize(("spec", "platform"), parameters)
 
