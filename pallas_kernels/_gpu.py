@@ -33,23 +33,36 @@ _RULES = 32  # numbers per chunk after those of its tokens (3 are used): a copy 
 _LOG2E = math.log2(math.e)
 
 
-def refusal(
-    query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: tuple[Any, ...], log_decay_ndim: int
-) -> str | None:
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the pipelines: tokens per chunk, slots of shared memory for chunks in the walks forward and backward.
+
+    Two stages are the heuristic: more would mean fewer thread blocks on an SM, and these hide each other's latencies.
+    """
+
+    chunk: int = TILE
+    stages: int = 2
+    backward_stages: int = 2
+
+    def __post_init__(self):
+        if self.chunk != TILE:
+            raise ValueError(f"chunk must be {TILE} (128 would spill), got {self.chunk}")
+        if min(self.stages, self.backward_stages) < 2:
+            raise ValueError(f"stages must be at least 2, got {self.stages} and {self.backward_stages}")
+
+
+def refusal(query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> str | None:
     """Why there is no kernel for these arrays, or None.
 
     Args:
         query_shape: [B, T, G, K].
         value_shape: [B, T, H, V].
         dtypes: of query, key and value.
-        log_decay_ndim: 4 for a decay per channel.
     """
     if not hasattr(plgpu, "store"):
         return f"for GPUs needs jax >= 0.12; this is jax {jax.__version__}"
     if any(dtype != jnp.bfloat16 for dtype in dtypes):
         return f"for GPUs takes bfloat16 query, key and value; got {', '.join(str(jnp.dtype(d)) for d in dtypes)}"
-    if log_decay_ndim == 4:
-        return "takes no decay or one per head, not one per channel"
     if not {query_shape[3], value_shape[3]} <= {64, 128}:
         return f"for GPUs takes heads of 64 and 128; got K={query_shape[3]}, V={value_shape[3]}"
     if 0 in query_shape + value_shape:
@@ -357,6 +370,7 @@ def tiles(*shape: int):
 
 
 def load(ref, *, optimized: bool = True):
+    """A tile as wgmma lays it out over the threads; not ``optimized`` where no access without bank conflicts exists."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=optimized)
 
 

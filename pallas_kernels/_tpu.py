@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _configs
+
 LANES = 128
 _VMEM = 48 << 20  # bytes a kernel may take: v5p has 64 MiB per core, v5e and v6e have 128
 
@@ -28,20 +30,34 @@ class Config:
 
 
 def default_config(
-    time: int, heads: int, groups: int, key_dim: int, value_dim: int, itemsize: int, lockstep: int, channels: bool
+    kernel: str,
+    time: int,
+    heads: int,
+    groups: int,
+    key_dim: int,
+    value_dim: int,
+    itemsize: int,
+    *,
+    chunk: int,
+    lockstep: int,
+    channels: bool,
 ) -> Config | None:
-    """Chunks of 128 tokens, and some heads whose lanes make whole registers; None if no number of heads does.
+    """Chunks of ``chunk`` tokens, and some heads whose lanes make whole registers; None if no number of heads does.
 
     Args:
+        kernel: folder of the kernel, under which ``_configs`` may know a better ``lockstep`` or ``chunk``.
         time: T.
         heads: H, value heads.
         groups: G, query and key heads.
         key_dim: K.
         value_dim: V.
         itemsize: bytes of an element of query, key and value.
+        chunk: tokens, a power of two from 16 on; fewer if T is.
         lockstep: at most so many heads, if they make whole registers.
         channels: there is an array [B, T, H * K] as well.
     """
+    better = _configs.tuned(kernel, key=key_dim, value=value_dim, itemsize=itemsize, channels=int(channels))
+    lockstep, chunk = better.get("lockstep", lockstep), better.get("chunk", chunk)
     repeats = heads // groups
     fitting = []
     for n in range(1, heads + 1):
@@ -56,7 +72,7 @@ def default_config(
         return None
     # The states, what the backward pass makes of them and the blocks are to stay below 16 MiB of VMEM.
     small = [n for n in fitting if n <= lockstep and n * key_dim * value_dim * 2 * itemsize <= 1 << 19] or fitting[:1]
-    return Config(min(128, max(16, 1 << (time - 1).bit_length())), small[-1])
+    return Config(min(chunk, max(16, 1 << (time - 1).bit_length())), small[-1])
 
 
 class Shape:
@@ -246,8 +262,10 @@ def total(x):
 
 
 def times(decay, x):
+    """Rows of x times a decay; None is 1."""
     return x if decay is None else decay * x
 
 
 def store(ref, tiles: list) -> None:
+    """Tiles of heads side by side."""
     ref[...] = jnp.concatenate(tiles, 1).astype(ref.dtype)

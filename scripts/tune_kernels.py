@@ -24,7 +24,7 @@ GAIN = 0.97
 CANDIDATES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     ("linear_recurrence", "gpu"): {"tokens": (16, 32, 64), "stages": (3, 4, 6, 8)},
     ("linear_recurrence", "tpu"): {"tokens": (128, 256, 512), "channels": (512, 1024, 2048)},
-    ("selective_scan", "gpu"): {"tokens": (16, 32, 64), "stages": (2, 3, 4)},
+    ("selective_scan", "gpu"): {"width": (128, 256)},
     ("selective_scan", "tpu"): {"width": (128, 256, 512, 1024)},
     ("linear_attention", "gpu"): {"stages": (2, 3, 4), "backward_stages": (2, 3)},
     ("linear_attention", "tpu"): {"chunk": (64, 128, 256), "lockstep": (2, 4, 8, 16)},

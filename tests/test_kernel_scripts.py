@@ -219,6 +219,42 @@ def test_a_kernel_gets_the_entry_of_its_device_and_dimensions(monkeypatch):
     assert _configs.tuned("walk", value=32, key=64) == {"stages": 3}
 
 
+@pytest.mark.parametrize(
+    ("kernel", "fields", "name"),
+    [
+        ("linear_recurrence", {"channels": 128}, "_d128"),
+        ("selective_scan", {"width": 128}, "_d128x"),
+        ("linear_attention", {"chunk": 32, "lockstep": 2}, "_c32_h2_"),
+        ("delta_rule", {"chunk": 32, "lockstep": 2}, "_c32_h2_"),
+    ],
+)
+def test_every_tpu_kernel_takes_tuned_sizes(tuner, kernel, fields, name):
+    case = next(case for case in kernel_cases.CASES if case.name == tuner.STANDS_FOR[kernel])
+    inputs, _ = kernel_cases.shapes(case, Sizes(1, 4, 64, "bfloat16"), 72)
+    with interpreted("tpu"), _configs.override(kernel, fields) as asked:
+        calls = kernel_cases.kernels(kernel_cases.forward(case, "pallas"), inputs)
+    assert asked and any(name in str(call.params["name"]) for call in calls)
+    assert set(fields) <= set(tuner.CANDIDATES[kernel, "tpu"])
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 12), reason="the GPU kernels need jax 0.12 (Python 3.12)")
+@pytest.mark.parametrize(
+    ("kernel", "field", "message"),
+    [
+        ("linear_recurrence", "tokens", "tokens must be a multiple"),
+        ("linear_attention", "stages", "stages must be at least 2"),
+        ("delta_rule", "stages", "stages must be at least 2"),
+    ],
+)
+def test_gpu_kernels_take_tuned_sizes(tuner, kernel, field, message):
+    """A size that cannot be is refused by the configuration, so it has got there."""
+    case = next(case for case in kernel_cases.CASES if case.name == tuner.STANDS_FOR[kernel])
+    inputs, _ = kernel_cases.shapes(case, Sizes(1, 4, 64, "bfloat16"), 72)
+    with interpreted("gpu"), _configs.override(kernel, {field: -1}), pytest.raises(ValueError, match=message):
+        jax.make_jaxpr(kernel_cases.forward(case, "pallas"))(inputs)
+    assert field in tuner.CANDIDATES[kernel, "gpu"]
+
+
 def test_packed_rows_have_equal_documents():
     ids = kernel_cases.packed_ids(2, 64)
     assert ids.shape == (2, 64)

@@ -4,25 +4,14 @@ Per chunk a triangular matrix of the overlaps of its keys is inverted, independe
 linear attention. A forward pass that will be differentiated also writes the state before every chunk and that inverse.
 """
 
-import contextlib
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _target
-from pallas_kernels._tokens import (
-    ORDINARY,
-    PADDING,
-    START,
-    chunk_rules,
-    chunks_of,
-    decay_gradient,
-    document_numbers,
-    kind_rows,
-    of_tokens,
-)
+from pallas_kernels import _matrix, _target
+from pallas_kernels._matrix import GpuDecays, Static, TpuDecays, flat
+from pallas_kernels._tokens import ORDINARY, PADDING, START, of_tokens
 
 __all__ = ["MEASURED", "ORDINARY", "PADDING", "START", "delta_rule", "is_preferred", "refusal"]
 
@@ -62,34 +51,15 @@ def delta_rule(
     """
     if (reason := refusal(query, key, value, log_decay)) is not None:
         raise NotImplementedError(f"delta_rule: the kernel {reason}")
-    static = _Static(query.shape, value.shape, value.dtype.itemsize, float(scale), _target.target())
-    gates = None if log_decay is None else log_decay.astype(jnp.float32)
-    output, final = _delta(
-        _flat(query), _flat(key), _flat(value), beta.astype(jnp.float32), gates, initial_state, kind, static
-    )
+    call = _matrix.static(query, value, scale)
+    steps = beta.astype(jnp.float32)
+    output, final = _delta(flat(query), flat(key), flat(value), steps, log_decay, initial_state, kind, call)
     return output.reshape(value.shape), final
 
 
 def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array | None) -> str | None:
     """Why there is no kernel for this call where it is traced, or None."""
-    if (reason := _target.refusal()) is not None:
-        return reason
-    if _target.target().platform == "gpu":
-        from pallas_kernels.delta_rule import gpu
-
-        gates = 3 if log_decay is None else log_decay.ndim
-        return gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype), gates)
-    if not query.dtype == key.dtype == value.dtype or value.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"takes query, key and value of one dtype, float32 or bfloat16; got {query.dtype}, {key.dtype}, {value.dtype}"
-    if query.size == 0 or value.size == 0:
-        return f"takes no empty arrays; got query {query.shape}, value {value.shape}"
-    from pallas_kernels.delta_rule import tpu
-
-    (_, time, groups, key_dim), (heads, value_dim) = query.shape, value.shape[2:]
-    channels = log_decay is not None and log_decay.ndim == 4
-    if tpu.default_config(time, heads, groups, key_dim, value_dim, value.dtype.itemsize, channels=channels) is None:
-        return f"needs heads whose lanes make multiples of 128; got H={heads}, G={groups}, K={key_dim}, V={value_dim}"
-    return None
+    return _matrix.refusal("delta_rule", query, key, value, log_decay, gpu_channels=False)
 
 
 def is_preferred() -> bool:
@@ -97,116 +67,67 @@ def is_preferred() -> bool:
     return _target.target().platform in MEASURED
 
 
-class _Static(NamedTuple):
-    query_shape: tuple[int, ...]
-    value_shape: tuple[int, ...]
-    itemsize: int
-    scale: float
-    target: _target.Target
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    """[B, T, H, K] -> [B, T, H * K], which is what projections make and what a chunk of some heads is a rectangle of."""
-    return x.reshape(*x.shape[:2], -1)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _delta(query, key, value, beta, log_decay, state, kind, static: _Static):
-    return _device(beta, log_decay, kind, static).forward(query, key, value, state, save=False)[:2]
+def _delta(query, key, value, beta, log_decay, state, kind, call: Static):
+    return _run(query, key, value, beta, log_decay, state, kind, call, save=False)[:2]
 
 
-def _forward(query, key, value, beta, log_decay, state, kind, static):
-    output, final, saved = _device(beta, log_decay, kind, static).forward(query, key, value, state, save=True)
+def _real_steps(beta: jax.Array, kind: jax.Array | None) -> jax.Array:
+    """beta without what padding holds."""
+    return beta if kind is None else jnp.where(kind[..., None] == PADDING, 1.0, beta)
+
+
+def _run(query, key, value, beta, log_decay, state, kind, call: Static, *, save: bool):
+    state, steps = state.astype(jnp.float32), _real_steps(beta, kind)
+    if call.target.platform == "gpu":
+        from pallas_kernels.delta_rule import gpu
+
+        decays = GpuDecays(call, log_decay, kind)
+        tokens = decays.heads(query, key, value)
+        with decays.interpreter():
+            output, final, saved = gpu.forward(
+                *tokens, steps, decays.log_decay, state, *decays.documents, save=save, **decays.options
+            )
+        return flat(output), final, saved
+    from pallas_kernels.delta_rule import tpu
+
+    decays = TpuDecays("delta_rule", call, log_decay, kind, steps)
+    return tpu.forward(query, key, value, decays.gates, decays.rows, state, save=save, **decays.options)
+
+
+def _forward(query, key, value, beta, log_decay, state, kind, call):
+    output, final, saved = _run(query, key, value, beta, log_decay, state, kind, call, save=True)
     return (output, final), (query, key, value, beta, log_decay, kind, saved)
 
 
-def _backward(static, residuals, cotangents):
+def _backward(call, residuals, cotangents):
     query, key, value, beta, log_decay, kind, saved = residuals
-    return *_device(beta, log_decay, kind, static).backward(query, key, value, saved, *cotangents), None
+    dout, dfinal = cotangents
+    steps = _real_steps(beta, kind)
+    if call.target.platform == "gpu":
+        from pallas_kernels.delta_rule import gpu
+
+        decays = GpuDecays(call, log_decay, kind)
+        tokens = decays.heads(query, key, value)
+        with decays.interpreter():
+            *gradients, dbeta, dlog_decay, dstate = gpu.backward(
+                *tokens,
+                steps,
+                decays.log_decay,
+                *decays.documents,
+                saved,
+                dout.reshape(call.value_shape),
+                dfinal,
+                **decays.options,
+            )
+        return *map(flat, gradients), dbeta, decays.gradient(dlog_decay), dstate, None
+    from pallas_kernels.delta_rule import tpu
+
+    decays = TpuDecays("delta_rule", call, log_decay, kind, steps)
+    *gradients, dstate, dbeta, dgates = tpu.backward(
+        query, key, value, decays.gates, decays.rows, saved, dout, dfinal, **decays.options
+    )
+    return *gradients, of_tokens(dbeta, query.shape[1]), decays.gradient(dgates), dstate, None
 
 
 _delta.defvjp(_forward, _backward)
-
-
-def _device(beta, log_decay, kind, static: _Static) -> Any:
-    steps = beta if kind is None else jnp.where(kind[..., None] == PADDING, 1.0, beta)
-    return (_Gpu if static.target.platform == "gpu" else _Tpu)(steps, log_decay, kind, static)
-
-
-class _Tpu:
-    """The calls on TPU: beta, gates, document starts and padding are rows of numbers per head; gates per channel are an array like the keys."""
-
-    def __init__(self, beta: jax.Array, log_decay: jax.Array | None, kind: jax.Array | None, static: _Static):
-        from pallas_kernels.delta_rule import tpu
-
-        (batch, time, groups, key_dim), (heads, value_dim) = static.query_shape, static.value_shape[2:]
-        channels = log_decay is not None and log_decay.ndim == 4
-        sizes = (time, heads, groups, key_dim, value_dim, static.itemsize)
-        config = tpu.default_config(*sizes, channels=channels)
-        assert config is not None, "`refusal` has checked it"
-        self.module, self.log_decay, self.gates = tpu, log_decay, None
-        steps = chunks_of(beta, config.chunk, 1.0).transpose(0, 3, 1, 2)[:, :, :, None]
-        if log_decay is not None and channels:
-            kinds = jnp.full((batch, time), ORDINARY) if kind is None else kind
-            self.gates, self.acts = _flat(log_decay), (kinds == ORDINARY)[..., None, None] & (log_decay > -jnp.inf)
-            self.rows = jnp.concatenate([steps, kind_rows(kinds, heads, config.chunk)], 3)
-        else:
-            gates = jnp.zeros((batch, time, heads)) if log_decay is None else log_decay
-            rows, self.acts = chunk_rules(gates.astype(jnp.float32), kind, config.chunk)
-            self.rows = jnp.concatenate([rows, steps], 3)
-        self.options: dict[str, Any] = {
-            "groups": groups,
-            "scale": static.scale,
-            "padded": kind is not None or time % config.chunk != 0,
-            "config": config,
-            "interpret": static.target.interpret,
-        }
-
-    def forward(self, query, key, value, state, *, save: bool):
-        state = state.astype(jnp.float32)
-        return self.module.forward(query, key, value, self.gates, self.rows, state, save=save, **self.options)
-
-    def backward(self, query, key, value, saved, dout, dfinal):
-        *gradients, dstate, dbeta, dgates = self.module.backward(
-            query, key, value, self.gates, self.rows, saved, dout, dfinal, **self.options
-        )
-        dbeta = of_tokens(dbeta, query.shape[1])
-        return *gradients, dbeta, decay_gradient(dgates, self.log_decay, self.acts), dstate
-
-
-class _Gpu:
-    """The calls on GPU: heads are an axis, documents are numbers, and the chunks know those around them."""
-
-    def __init__(self, beta: jax.Array, log_decay: jax.Array | None, kind: jax.Array | None, static: _Static):
-        from pallas_kernels.delta_rule import gpu
-
-        self.module, self.static = gpu, static
-        self.rules = (beta, None if log_decay is None else log_decay.astype(jnp.float32))
-        self.dtype = None if log_decay is None else log_decay.dtype
-        self.documents = document_numbers(kind, gpu.Config().chunk)
-        self.options: dict[str, Any] = {"scale": static.scale, "interpret": static.target.interpret}
-
-    def _heads(self, query, key, value):
-        shape = self.static.query_shape
-        return query.reshape(shape), key.reshape(shape), value.reshape(self.static.value_shape)
-
-    def _interpreter(self):
-        return _target.gpu_interpreter() if self.static.target.interpret else contextlib.nullcontext()
-
-    def forward(self, query, key, value, state, *, save: bool):
-        tokens = self._heads(query, key, value)
-        with self._interpreter():
-            output, final, saved = self.module.forward(
-                *tokens, *self.rules, state, *self.documents, save=save, **self.options
-            )
-        return _flat(output), final, saved
-
-    def backward(self, query, key, value, saved, dout, dfinal):
-        tokens = self._heads(query, key, value)
-        dout = dout.reshape(self.static.value_shape)
-        with self._interpreter():
-            *gradients, dbeta, dlog_decay, dstate = self.module.backward(
-                *tokens, *self.rules, *self.documents, saved, dout, dfinal, **self.options
-            )
-        dlog_decay = None if dlog_decay is None else dlog_decay.astype(self.dtype)
-        return *map(_flat, gradients), dbeta, dlog_decay, dstate

@@ -59,7 +59,6 @@ off its decays until they meet the next sums), and sums along rows are stored at
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -67,8 +66,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _gpu
-from pallas_kernels._gpu import TILE, plgpu
+from pallas_kernels import _configs, _gpu
+from pallas_kernels._gpu import TILE, Config, plgpu
 
 MIN_BETA = 1e-6
 """Smaller step sizes count as this: it changes a state by a millionth of what a write of size 1 does."""
@@ -77,39 +76,9 @@ _FAMILY = "delta_rule"
 _REFINEMENTS = 2  # of the inverse
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of the pipelines: tokens per chunk, slots of shared memory for chunks in the walks forward and backward."""
-
-    chunk: int = TILE
-    stages: int = 2
-    backward_stages: int = 2
-
-    def __post_init__(self):
-        if self.chunk != TILE:
-            raise ValueError(f"chunk must be {TILE} (128 would spill), got {self.chunk}")
-        if min(self.stages, self.backward_stages) < 2:
-            raise ValueError(f"stages must be at least 2, got {self.stages} and {self.backward_stages}")
-
-
 def default_config(key_dim: int, value_dim: int) -> Config:
-    """Config with two stages for all sizes: more would mean fewer thread blocks on an SM, and these hide each other's latencies."""
-    del key_dim, value_dim
-    return Config()
-
-
-def refusal(
-    query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: tuple[Any, ...], log_decay_ndim: int = 3
-) -> str | None:
-    """Why there is no kernel for these arrays, or None.
-
-    Args:
-        query_shape: [B, T, G, K].
-        value_shape: [B, T, H, V].
-        dtypes: of query, key and value.
-        log_decay_ndim: 4 for a decay per channel.
-    """
-    return _gpu.refusal(query_shape, value_shape, dtypes, log_decay_ndim)
+    """That of ``_configs``, if there is one."""
+    return Config(**_configs.tuned(_FAMILY, key=key_dim, value=value_dim))
 
 
 def forward(

@@ -41,13 +41,9 @@ def default_config(
     beyond that, products inside of a chunk outgrow those with the state.
     """
     wide = itemsize > 2
-    config = _tpu.default_config(
-        time, heads, groups, key_dim, value_dim, itemsize, lockstep=2 if wide else 4, channels=channels
-    )
-    if config is None:
-        return None
-    most = min(64 if wide else 128, max(16, 1 << (4 * key_dim).bit_length() - 1))
-    return dataclasses.replace(config, chunk=min(config.chunk, most))
+    sizes = (time, heads, groups, key_dim, value_dim, itemsize)
+    chunk = min(64 if wide else 128, max(16, 1 << (4 * key_dim).bit_length() - 1))
+    return _tpu.default_config("delta_rule", *sizes, chunk=chunk, lockstep=2 if wide else 4, channels=channels)
 
 
 def forward(
@@ -188,7 +184,7 @@ def _squares(query, key, value, gates, rows, groups: int, *, padded: bool, confi
     heads, size, channels = rows.shape[1], config.chunk, gates is not None
     sizes = (key.shape[1], heads, groups, key.shape[2] // groups, value.shape[2] // heads, value.dtype.itemsize)
     lockstep = 4 if channels or value.dtype.itemsize > 2 else 8
-    most = _tpu.default_config(*sizes, lockstep, channels)
+    most = _tpu.default_config("delta_rule_inverse", *sizes, chunk=size, lockstep=lockstep, channels=channels)
     assert most is not None, "the walk has a configuration"
     # Few heads: their chunks fill each other's gaps as well.
     together = max(1, min(lockstep // most.heads, rows.shape[2]))

@@ -42,52 +42,23 @@ and 255 backward, without spills. 128 value columns per warpgroup would spill fo
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads.
 """
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _gpu
-from pallas_kernels._gpu import TILE, plgpu
+from pallas_kernels import _configs, _gpu
+from pallas_kernels._gpu import TILE, Config, plgpu
 
 _FAMILY = "linear_attention"
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of the pipelines: tokens per chunk, slots of shared memory for chunks in the forward and in the backward pass."""
-
-    chunk: int = TILE
-    stages: int = 2
-    backward_stages: int = 2
-
-    def __post_init__(self):
-        if self.chunk != TILE:
-            raise ValueError(f"chunk must be {TILE} (128 would spill), got {self.chunk}")
-        if min(self.stages, self.backward_stages) < 2:
-            raise ValueError(f"stages must be at least 2, got {self.stages} and {self.backward_stages}")
-
-
 def default_config(key_dim: int, value_dim: int) -> Config:
-    """Config with two stages, or three in the backward pass where only one thread block fits an SM in any case.
-
-    Otherwise more stages would mean fewer thread blocks on an SM, and these hide each other's latencies.
-    """
-    return Config(backward_stages=2 if key_dim == value_dim else 3)
-
-
-def refusal(query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> str | None:
-    """Why there is no kernel for these arrays, here or in ``gpu_channels``, or None.
-
-    Args:
-        query_shape: [B, T, G, K].
-        value_shape: [B, T, H, V].
-        dtypes: of query, key and value.
-    """
-    return _gpu.refusal(query_shape, value_shape, dtypes, log_decay_ndim=3)
+    """That of ``_configs``, else two stages, or three in the backward pass where only one thread block fits an SM in any case."""
+    backward_stages = 2 if key_dim == value_dim else 3
+    return Config(
+        **({"backward_stages": backward_stages} | dict(_configs.tuned(_FAMILY, key=key_dim, value=value_dim)))
+    )
 
 
 def forward(

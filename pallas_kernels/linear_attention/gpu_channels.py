@@ -59,8 +59,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _gpu
-from pallas_kernels._gpu import TILE, plgpu
-from pallas_kernels.linear_attention.gpu import Config
+from pallas_kernels._gpu import TILE, Config, plgpu
 
 _FAMILY = "linear_attention_channels"
 _LEVELS = 6  # of pairs of tokens in a chunk

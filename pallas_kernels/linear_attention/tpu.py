@@ -26,7 +26,8 @@ def default_config(
 ) -> Config | None:
     """As ``_tpu.default_config``, with 8 to 16 heads in lockstep, fewer for decays per channel (``channels``)."""
     lockstep = 4 if channels else max(8, 1024 // max(key_dim, value_dim))
-    return _tpu.default_config(time, heads, groups, key_dim, value_dim, itemsize, lockstep, channels)
+    sizes = (time, heads, groups, key_dim, value_dim, itemsize)
+    return _tpu.default_config("linear_attention", *sizes, chunk=128, lockstep=lockstep, channels=channels)
 
 
 def forward(

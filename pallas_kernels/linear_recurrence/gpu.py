@@ -37,6 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _configs
 from pallas_kernels._tokens import ORDINARY, PADDING, START
 
 Planes = tuple[jax.Array, ...]
@@ -77,7 +78,7 @@ def default_config(batch: int, time: int, channels: int, itemsize: int, planes: 
 
     Blocks are narrow, because more of them then run at once. A stage costs a few barriers and the issue of its copies
     whatever its length, so stages are as long as leaves room for four, up to 32 tokens; the rest of the room makes more of
-    them.
+    them. ``_configs`` may know better.
 
     Args:
         batch: rows of the batch.
@@ -89,8 +90,9 @@ def default_config(batch: int, time: int, channels: int, itemsize: int, planes: 
     blocks = batch * pl.cdiv(channels, _WARPGROUP)
     resident = min(_MAX_BLOCKS_PER_SM, pl.cdiv(blocks, _SMS))
     room = _SLOT_BYTES_PER_SM // (resident * planes * _WARPGROUP * itemsize)  # in tokens
-    tokens = next((n for n in (32, 16) if 4 * n <= room and n < 2 * time), _GROUP)
-    return Config(_WARPGROUP, tokens, max(3, min(8, room // tokens)))
+    better = _configs.tuned("linear_recurrence", planes=planes, itemsize=itemsize)
+    tokens = better.get("tokens", next((n for n in (32, 16) if 4 * n <= room and n < 2 * time), _GROUP))
+    return Config(_WARPGROUP, tokens, better.get("stages", max(3, min(8, room // tokens))))
 
 
 def forward(

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _configs
 from pallas_kernels._tokens import PADDING, START
 
 LANES = 128
@@ -36,7 +37,8 @@ class Config:
 
 
 def default_config(batch: int, time: int, channels: int, bytes_per_token: int) -> Config:
-    """At most 2048 lanes of independent chains per step, and the longest block of time whose double-buffered blocks take 10 MiB.
+    """At most 2048 lanes of independent chains per step, and the longest block of time whose double-buffered blocks take 10 MiB, unless
+    ``_configs`` knows better ``channels`` or ``tokens``.
 
     Args:
         batch: rows.
@@ -44,9 +46,10 @@ def default_config(batch: int, time: int, channels: int, bytes_per_token: int) -
         channels: D.
         bytes_per_token: of one channel, over all arrays of size T that a step holds.
     """
-    width = min(-(-channels // LANES) * LANES, 2048)
+    better = _configs.tuned("linear_recurrence", bytes=bytes_per_token)
+    width = min(-(-channels // LANES) * LANES, better.get("channels", 2048))
     rows = max(n for n in (1, 2, 4, 8) if n == 1 or (n <= batch and n * width <= 2048))
-    tokens = (10 << 20) // (2 * bytes_per_token * rows * width)
+    tokens = better.get("tokens", (10 << 20) // (2 * bytes_per_token * rows * width))
     longest = max(LANES, tokens // LANES * LANES)
     if time <= LANES:
         return Config(rows, -(-time // 16) * 16, min(width, channels))

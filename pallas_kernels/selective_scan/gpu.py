@@ -30,6 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _configs
 from pallas_kernels._tokens import PADDING, START
 
 # Axes of the grid; a mesh or vmap axis around the kernel must not have the same name.
@@ -47,8 +48,10 @@ _load: Any = plgpu.load  # jax 0.10, for which there is no kernel, wants an inde
 _TAKES_COST_ESTIMATE = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # jax >= 0.12
 
 
-def default_width(batch: int, channels: int) -> int:
-    """Channels per thread block forward: two per thread share the reads of B and C, if enough blocks are left."""
+def default_width(batch: int, channels: int, states: int) -> int:
+    """Channels per thread block forward: that of ``_configs``, else two per thread, which share the reads of B and C, if enough blocks are left."""
+    if better := _configs.tuned("selective_scan", states=states):
+        return better["width"]
     return 2 * _WARPGROUP if batch * pl.cdiv(channels, 2 * _WARPGROUP) >= _SMS else _WARPGROUP
 
 
@@ -78,7 +81,7 @@ def forward(
     Returns:
         (y [B, T, D] in x's dtype, final state [B, D, N] float32, states before the chunks or None).
     """
-    walk = _Walk(*x.shape, A.shape[1], width or default_width(x.shape[0], x.shape[2]), kind is not None)
+    walk = _Walk(*x.shape, A.shape[1], width or default_width(x.shape[0], x.shape[2], A.shape[1]), kind is not None)
     states = range(walk.depth)
 
     def body(

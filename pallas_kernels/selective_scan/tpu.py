@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _configs
 from pallas_kernels._tokens import PADDING, START
 
 LANES, SUBLANES = 128, 8
@@ -45,7 +46,7 @@ class Config:
 
 
 def default_config(time: int, channels: int, states: int) -> Config:
-    """Blocks of 64 KiB of state, cut so that they divide the channels if a cut not much narrower does.
+    """Blocks of 64 KiB of state or of the ``width`` in ``_configs``, cut so that they divide the channels if a cut not much narrower does.
 
     Args:
         time: T.
@@ -53,6 +54,7 @@ def default_config(time: int, channels: int, states: int) -> Config:
         states: N.
     """
     widest = max(1, _REGISTERS * SUBLANES // _padded(states)) * LANES
+    widest = _configs.tuned("selective_scan", states=states).get("width", widest)
     width = min(widest, LANES * pl.cdiv(channels, LANES))
     even = [w for w in range(width, width // 2, -LANES) if channels % w == 0]
     width = even[0] if even else width
