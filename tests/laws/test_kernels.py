@@ -66,13 +66,8 @@ def at_tokens(mask, array):
 
 @functools.cache
 def compiled_gradients(spec, platform):
-    """As ``harness.compiled_gradients``, traced for an interpreted platform.
-
-    An interpreted kernel is a long program that runs once on a few tokens: without optimisation it compiles in two thirds of the time.
-    """
-    function = jax.jit(
-        harness.compiled_gradients.__wrapped__(spec, "pallas"), compiler_options={"xla_backend_optimization_level": 0}
-    )
+    """As ``harness.compiled_gradients``, traced for an interpreted platform."""
+    function = harness.compiled_gradients.__wrapped__(spec, "pallas")
 
     def run(*arguments):
         with pallas_kernels.interpreted(platform):

@@ -67,7 +67,7 @@ def train_process(tmp_path_factory):
     """Call `seqjax train` in a process of its own, with something done to it at some step; see child.py."""
     cache = tmp_path_factory.mktemp("compilation-cache")
     environment = os.environ | {
-        "XLA_FLAGS": "",  # one device
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
