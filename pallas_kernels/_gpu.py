@@ -11,6 +11,7 @@ two sums of up to M in size, so it is off by less than 2^-24 M for every token b
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-plgpu: Any = mosaic_gpu  # as in jax 0.12; in older versions signatures differ, and `refusal` says so
+plgpu: Any = mosaic_gpu  # some signatures differ between versions
 
 MIN_LOG_DECAY = -60.0
 """Log decays below this count as this: exp(-60) is nothing in float32, and sums of 64 of them still resolve small ones."""
@@ -29,6 +30,10 @@ MIN_LOG_DECAY = -60.0
 TILE = 64
 """Tokens of a chunk, rows of a wgmma, and columns of bfloat16 in a row of swizzled shared memory."""
 
+HEADS = (64, 128)
+"""Sizes of K and V that there are kernels for."""
+
+_TAKES_COST_ESTIMATE = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 _RULES = 32  # numbers per chunk after those of its tokens (3 are used): a copy is a multiple of 128 bytes
 _LOG2E = math.log2(math.e)
 
@@ -59,12 +64,8 @@ def refusal(query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: 
         value_shape: [B, T, H, V].
         dtypes: of query, key and value.
     """
-    if not hasattr(plgpu, "store"):
-        return f"for GPUs needs jax >= 0.12; this is jax {jax.__version__}"
     if any(dtype != jnp.bfloat16 for dtype in dtypes):
         return f"for GPUs takes bfloat16 query, key and value; got {', '.join(str(jnp.dtype(d)) for d in dtypes)}"
-    if not {query_shape[3], value_shape[3]} <= {64, 128}:
-        return f"for GPUs takes heads of 64 and 128; got K={query_shape[3]}, V={value_shape[3]}"
     if 0 in query_shape + value_shape:
         return f"takes no empty arrays; got query {query_shape}, value {value_shape}"
     if max(value_shape[0], value_shape[2]) > 65535:
@@ -229,8 +230,8 @@ class Walk:
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
                 reduction_scratch_bytes=0,  # sums along rows need none, and warpgroups would share it without a barrier
             ),
-            cost_estimate=cost,
             kernel_name=f"{self.family}_{name}_k{self.key_dim}_v{self.value_dim}",
+            **costs(cost),
         )(*inputs)
 
     def place(self) -> tuple[jax.Array, ...]:
@@ -372,6 +373,19 @@ def tiles(*shape: int):
 def load(ref, *, optimized: bool = True):
     """A tile as wgmma lays it out over the threads; not ``optimized`` where no access without bank conflicts exists."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=optimized)
+
+
+def store(ref, tile):
+    """To HBM, from the layout of wgmma."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, tile, optimized=False)
+    else:  # jax 0.11
+        ref[...] = tile
+
+
+def costs(estimate: pl.CostEstimate) -> dict[str, pl.CostEstimate]:
+    """The option of ``plgpu.kernel``, which jax 0.11 does not have."""
+    return {"cost_estimate": estimate} if _TAKES_COST_ESTIMATE else {}
 
 
 def vector(ref, reduced: int):

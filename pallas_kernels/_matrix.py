@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _target
+from pallas_kernels import _split, _target
+from pallas_kernels._blocks import Blocks, largest
 from pallas_kernels._tokens import ORDINARY, chunk_rules, chunks_of, decay_gradient, document_numbers, kind_rows
 
 
@@ -36,8 +37,48 @@ def per_channel(log_decay: jax.Array | None) -> bool:
     return log_decay is not None and log_decay.ndim == 4
 
 
+def blocks(query: jax.Array, value: jax.Array, *, cut_keys: bool) -> Blocks | None:
+    """How heads [B, T, G, K] and [B, T, H, V] are cut where this is traced, or None if they cannot be.
+
+    Args:
+        query: the former.
+        value: the latter.
+        cut_keys: K may be cut.
+    """
+    (groups, key_dim), (heads, value_dim) = query.shape[2:], value.shape[2:]
+    key_block, value_block = key_dim, value_dim
+    if _target.target().platform == "gpu":
+        from pallas_kernels import _gpu
+
+        key_block = largest(key_dim, _gpu.HEADS if cut_keys else (key_dim,) * (key_dim in _gpu.HEADS))
+        value_block = largest(value_dim, _gpu.HEADS)
+        if key_block is None or value_block is None:
+            return None
+    return Blocks(groups, heads, key_dim, value_dim, key_block, value_block)
+
+
+def parts(
+    kernel: str, query: jax.Array, value: jax.Array, log_decay: jax.Array | None, count: int | None, *, fewest: int
+) -> _split.Parts | None:
+    """How rows are cut where this is traced, see ``_split.parts``."""
+    (batch, time, heads, value_dim), call = value.shape, static(query, value, 1.0)
+    if call.target.platform == "gpu":
+        from pallas_kernels._gpu import TILE
+
+        return _split.parts(time, TILE, batch * heads * value_dim // TILE, count, fewest=fewest)
+    chunk = tpu_config(kernel, call, per_channel(log_decay)).chunk
+    return _split.parts(time, chunk, batch * heads, count, fewest=fewest)
+
+
 def refusal(
-    kernel: str, query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array | None, *, gpu_channels: bool
+    kernel: str,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array | None,
+    *,
+    gpu_channels: bool,
+    cut_keys: bool,
 ) -> str | None:
     """Why there is no kernel for this call where it is traced, or None.
 
@@ -48,6 +89,7 @@ def refusal(
         value: [B, T, H, V].
         log_decay: [B, T, H], [B, T, H, K] or None.
         gpu_channels: on GPUs it takes decays per channel.
+        cut_keys: see ``blocks``.
     """
     if (reason := _target.refusal()) is not None:
         return reason
@@ -57,7 +99,12 @@ def refusal(
 
         if channels and not gpu_channels:
             return "for GPUs takes no decay or one per head, not one per channel"
-        return _gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype))
+        if (reason := _gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype))) is not None:
+            return reason
+        if blocks(query, value, cut_keys=cut_keys) is None:
+            keys = "multiples of 64" if cut_keys else "64 or 128"
+            return f"for GPUs takes K of {keys} and V of multiples of 64; got K={query.shape[3]}, V={value.shape[3]}"
+        return None
     if not query.dtype == key.dtype == value.dtype or value.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes query, key and value of one dtype, float32 or bfloat16; got {query.dtype}, {key.dtype}, {value.dtype}"
     if query.size == 0 or value.size == 0:

@@ -8,8 +8,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from pallas_kernels import _matrix, _target
+from pallas_kernels import _matrix, _split, _target
 from pallas_kernels._matrix import GpuDecays, Static, TpuDecays, flat
 from pallas_kernels._tokens import ORDINARY, PADDING, START, of_tokens
 
@@ -29,6 +30,7 @@ def delta_rule(
     kind: jax.Array | None = None,
     *,
     scale: float,
+    parts: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The chunked delta rule.
 
@@ -42,24 +44,70 @@ def delta_rule(
         kind: [B, T] int32 of START, ORDINARY, PADDING; None is all ORDINARY. Padding may hold anything, NaN included; the output
             there is unspecified and its cotangent is taken to be 0: mask it.
         scale: factor on the reads.
+        parts: cut rows into at most as many parts, which are walked side by side; None cuts those that do not fill a GPU.
 
     Returns:
         (output [B, T, H, V] in value's dtype, final state [B, H, K, V] float32). Differentiable in every array, through both results.
 
     Raises:
         NotImplementedError: ``refusal`` has something to say.
+        ValueError: ``parts`` is not positive.
     """
     if (reason := refusal(query, key, value, log_decay)) is not None:
         raise NotImplementedError(f"delta_rule: the kernel {reason}")
+    beta = beta.astype(jnp.float32)
+    cut = _matrix.parts("delta_rule", query, value, log_decay, parts, fewest=4)
+    if cut is None:
+        return _whole_rows(query, key, value, beta, log_decay, initial_state, kind, scale=scale)
+    kinds = cut.kinds(kind, query.shape[0])
+    states = _states_before(cut, key, value, beta, log_decay, initial_state, kinds)
+    rows = [None if x is None else cut.rows(x) for x in (query, key, value, beta, log_decay)]
+    kind = None if kinds is None else _split.merge(kinds)
+    output, final = _whole_rows(*rows, _split.merge(states), kind, scale=scale)
+    return cut.join(output), cut.last(final)
+
+
+def _whole_rows(query, key, value, beta, log_decay, state, kind, *, scale: float) -> tuple[jax.Array, jax.Array]:
+    """As ``delta_rule``."""
+    heads = _matrix.blocks(query, value, cut_keys=False)
+    assert heads is not None  # `refusal` has let the call pass
+    value, beta, state = heads.of_values(value), heads.of_heads(beta), heads.of_states(state)
+    if log_decay is not None:
+        log_decay = heads.of_channels(log_decay) if _matrix.per_channel(log_decay) else heads.of_heads(log_decay)
     call = _matrix.static(query, value, scale)
-    steps = beta.astype(jnp.float32)
-    output, final = _delta(flat(query), flat(key), flat(value), steps, log_decay, initial_state, kind, call)
-    return output.reshape(value.shape), final
+    output, final = _delta(flat(query), flat(key), flat(value), beta, log_decay, state, kind, call)
+    return heads.output(output.reshape(value.shape)), heads.state(final)
+
+
+def _states_before(cut: _split.Parts, key, value, beta, log_decay, state, kinds) -> jax.Array:
+    """States before all parts [B, P, H, K, V], by two more walks of all parts but the last: from an empty state with these values, and from
+    the unit matrix with values of 0.
+    """
+    batch, heads, key_dim, value_dim = state.shape
+    size = cut.count - 1
+
+    def walk(value, state):
+        rows = (_split.merge(cut.cut(x)[:, :-1]) for x in (key, value, beta))
+        decays = None if log_decay is None else _split.merge(cut.cut(log_decay)[:, :-1])
+        kind = None if kinds is None else _split.merge(kinds[:, :-1])
+        k, v, b = rows
+        final = _whole_rows(k, k, v, b, decays, jnp.broadcast_to(state, (batch * size, *state.shape)), kind, scale=1.0)[
+            1
+        ]
+        return final.reshape(batch, size, *state.shape)
+
+    across = walk(
+        jnp.zeros((*value.shape[:3], key_dim), value.dtype),
+        jnp.broadcast_to(jnp.eye(key_dim), (heads, key_dim, key_dim)),
+    )
+    written = walk(value, jnp.zeros((heads, key_dim, value_dim)))
+    times = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return _split.states_before(across, written, state.astype(jnp.float32), times)
 
 
 def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array | None) -> str | None:
     """Why there is no kernel for this call where it is traced, or None."""
-    return _matrix.refusal("delta_rule", query, key, value, log_decay, gpu_channels=False)
+    return _matrix.refusal("delta_rule", query, key, value, log_decay, gpu_channels=False, cut_keys=False)
 
 
 def is_preferred() -> bool:

@@ -354,7 +354,7 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, state, vectors, rules, *,
         plgpu.commit_smem()
         state = _gpu.load(state_g.at[row, head, :, columns], optimized=False)
         state = lax.fori_loop(0, walk.count, step, state)
-        plgpu.store(final_g.at[row, head, :, columns], state, optimized=False)
+        _gpu.store(final_g.at[row, head, :, columns], state)
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
@@ -442,7 +442,7 @@ def _unwind(walk: _gpu.Walk, query, key, dout, inverse, dfinal, vectors, rules, 
         plgpu.commit_smem()
         dstate = _gpu.load(dfinal_g.at[row, head, :, columns], optimized=False)
         dstate = lax.fori_loop(0, walk.count, step, dstate)
-        plgpu.store(dstate_g.at[row, head, :, columns], dstate, optimized=False)
+        _gpu.store(dstate_g.at[row, head, :, columns], dstate)
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
@@ -520,7 +520,7 @@ def _differentiate(
         def store_sums(sort, i, sums):
             # At once: what waits for others would be spilled.
             i += sort.start + (0 if sort is lower else me * (len(sort) // warpgroups))
-            plgpu.store(sums_g.at[row, head, n, i], sums, optimized=False)
+            _gpu.store(sums_g.at[row, head, n, i], sums)
 
         @pl.when(me == 0)
         def _start():

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from pallas_kernels import _matrix, _target
+from pallas_kernels import _matrix, _split, _target
 from pallas_kernels._matrix import GpuDecays, Static, TpuDecays, flat
 from pallas_kernels._tokens import ORDINARY, PADDING, START
 
@@ -30,6 +31,7 @@ def linear_attention(
     kind: jax.Array | None = None,
     *,
     scale: float,
+    parts: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chunked linear attention.
 
@@ -42,23 +44,69 @@ def linear_attention(
         kind: [B, T] int32 of START, ORDINARY, PADDING; None is all ORDINARY. Padding may hold anything, NaN included; the output
             there is unspecified and its cotangent is taken to be 0: mask it.
         scale: factor on the reads.
+        parts: cut rows into at most as many parts, which are walked side by side; None cuts those that do not fill a GPU.
 
     Returns:
         (output [B, T, H, V] in value's dtype, final state [B, H, K, V] float32). Differentiable in every array, through both results.
 
     Raises:
         NotImplementedError: ``refusal`` has something to say.
+        ValueError: ``parts`` is not positive.
     """
     if (reason := refusal(query, key, value, log_decay)) is not None:
         raise NotImplementedError(f"linear_attention: the kernel {reason}")
+    cut = _matrix.parts("linear_attention", query, value, log_decay, parts, fewest=2)
+    if cut is None:
+        return _whole_rows(query, key, value, log_decay, initial_state, kind, scale=scale)
+    kinds = cut.kinds(kind, query.shape[0])
+    states = _states_before(cut, key, value, log_decay, initial_state, kinds)
+    rows = [None if x is None else cut.rows(x) for x in (query, key, value, log_decay)]
+    kind = None if kinds is None else _split.merge(kinds)
+    output, final = _whole_rows(*rows, _split.merge(states), kind, scale=scale)
+    return cut.join(output), cut.last(final)
+
+
+def _whole_rows(query, key, value, log_decay, state, kind, *, scale: float) -> tuple[jax.Array, jax.Array]:
+    """As ``linear_attention``."""
+    heads = _matrix.blocks(query, value, cut_keys=True)
+    assert heads is not None  # `refusal` has let the call pass
+    query, key, value, state = heads.of_keys(query), heads.of_keys(key), heads.of_values(value), heads.of_states(state)
+    if log_decay is not None:
+        log_decay = heads.of_channels(log_decay) if _matrix.per_channel(log_decay) else heads.of_heads(log_decay)
     call = _matrix.static(query, value, scale)
-    output, final = _attention(flat(query), flat(key), flat(value), log_decay, initial_state, kind, call)
-    return output.reshape(value.shape), final
+    output, final = _attention(flat(query), flat(key), flat(value), log_decay, state, kind, call)
+    return heads.output(output.reshape(value.shape)), heads.state(final)
+
+
+def _states_before(cut: _split.Parts, key, value, log_decay, state, kinds) -> jax.Array:
+    """States before all parts [B, P, H, K, V]. A part writes the sum of its k v^T, each with the decay from there to the part's end."""
+    kinds = None if kinds is None else kinds[:, :-1]
+    k, v = (_split.real(cut.cut(x)[:, :-1], kinds) for x in (key, value))
+    v = v.reshape(*k.shape[:4], -1, v.shape[-1])  # [B, P - 1, L, G, H / G, V]
+    across, letters = jnp.ones((1, 1, 1, 1, 1)), "bplgk"
+    if log_decay is None and kinds is not None:
+        log_decay = jnp.zeros((*key.shape[:2], value.shape[2]))
+    if log_decay is not None:
+        decays, across = _split.decays_of(_split.gates_of(cut.cut(log_decay)[:, :-1], kinds))
+        across = across.reshape(*across.shape[:3], -1, 1)
+        if log_decay.ndim == 4:
+            k, letters = k[:, :, :, :, None] * decays.reshape(*v.shape[:-1], -1), "bplgrk"
+        else:
+            v = v * decays.reshape(*v.shape[:-1], 1)
+    precision = lax.Precision.HIGHEST if key.dtype == jnp.float32 else None
+    written = jnp.einsum(
+        f"{letters},bplgrv->bpgrkv", k.astype(key.dtype), v.astype(key.dtype),
+        preferred_element_type=jnp.float32, precision=precision,
+    )  # fmt: skip
+    written = written.reshape(*written.shape[:2], -1, *written.shape[4:])
+    return _split.states_before(
+        jnp.broadcast_to(across, (*written.shape[:2], *across.shape[2:])), written, state.astype(jnp.float32)
+    )
 
 
 def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array | None) -> str | None:
     """Why there is no kernel for this call where it is traced, or None."""
-    return _matrix.refusal("linear_attention", query, key, value, log_decay, gpu_channels=True)
+    return _matrix.refusal("linear_attention", query, key, value, log_decay, gpu_channels=True, cut_keys=True)
 
 
 def is_preferred() -> bool:

@@ -149,7 +149,7 @@ def forward(
         walk.number(rules_g, small)
         state = _gpu.load(state_g.at[row, head, :, columns], optimized=False)
         state = lax.fori_loop(0, walk.count, step, state)
-        plgpu.store(final_g.at[row, head, :, columns], state, optimized=False)
+        _gpu.store(final_g.at[row, head, :, columns], state)
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
@@ -265,7 +265,7 @@ def backward(
                 nonlocal place
                 sums = _gpu.scaled(factor, (_gpu.load(ref).astype(jnp.float32) * tile).sum(1))
                 target = sums_g.at[row, head, n, me, pl.ds(place, sums.size)]
-                plgpu.store(target, sums, optimized=False)
+                _gpu.store(target, sums)
                 place += sums.size
 
             plgpu.barrier_wait(full.at[slot])
@@ -334,7 +334,7 @@ def backward(
         meet()
         dstate = _gpu.load(dfinal_g.at[row, head, :, mine], optimized=False)
         dstate = lax.fori_loop(0, walk.count, step, dstate)
-        plgpu.store(dstate_g.at[row, head, :, mine], dstate, optimized=False)
+        _gpu.store(dstate_g.at[row, head, :, mine], dstate)
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 

@@ -363,7 +363,7 @@ def _carry(
         fetch_reading(0)
         state = _gpu.load(state_g.at[row, head, :, columns], optimized=False)
         state = lax.fori_loop(0, walk.count, step, state)
-        plgpu.store(final_g.at[row, head, :, columns], state, optimized=False)
+        _gpu.store(final_g.at[row, head, :, columns], state)
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
@@ -464,7 +464,7 @@ def _differentiate(
             return dq, dk, add_sums(pairs.level(level, transposed=True), dx * either(), dgates)
 
         dq, dk, dgates = lax.fori_loop(0, _LEVELS, add_level, (dq, dk, dgates))
-        plgpu.store(dgates_g.at[row, tokens, head, columns], dgates, optimized=False)
+        _gpu.store(dgates_g.at[row, tokens, head, columns], dgates)
         q[...] = dq.astype(q.dtype)
         k[...] = dk.astype(k.dtype)
         plgpu.commit_smem()

@@ -27,7 +27,6 @@ would admit nine). Forward that is 6 slots of 16 KiB and 128 to 160 KiB under wa
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _configs
+from pallas_kernels import _configs, _gpu
 from pallas_kernels._tokens import ORDINARY, PADDING, START
 
 Planes = tuple[jax.Array, ...]
@@ -52,8 +51,6 @@ _GROUP = 8
 _SMS = 132
 _MAX_BLOCKS_PER_SM = 4
 _SLOT_BYTES_PER_SM = 192 * 1024
-
-_TAKES_COST_ESTIMATE = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # jax >= 0.12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,9 +356,8 @@ class _Walk:
                 lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
             ),
             "kernel_name": f"linear_recurrence_{name}_bd{self.width}_bt{self.tokens}",
+            **_gpu.costs(cost),
         }
-        if _TAKES_COST_ESTIMATE:
-            options["cost_estimate"] = cost
         return plgpu.kernel(body, **options)(*loads, *rows, kind)
 
     def load(self, source, start, target, barrier):

@@ -19,7 +19,6 @@ writes its own sums; XLA adds them.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _configs
+from pallas_kernels import _configs, _gpu
 from pallas_kernels._tokens import PADDING, START
 
 # Axes of the grid; a mesh or vmap axis around the kernel must not have the same name.
@@ -45,7 +44,6 @@ _ROWS, _PAD = 64, 132  # products summed at a time, and their channels with a pa
 _PIECE = 8
 
 _load: Any = plgpu.load  # jax 0.10, for which there is no kernel, wants an index
-_TAKES_COST_ESTIMATE = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # jax >= 0.12
 
 
 def default_width(batch: int, channels: int, states: int) -> int:
@@ -439,6 +437,11 @@ class _Walk:
     def call(self, body: Callable, name: str, *, inputs, outputs, scratch, exponentials: int):
         size = self.batch * self.time * self.channels * self.states
         moved = jax.tree.leaves((inputs, outputs))
+        cost = pl.CostEstimate(
+            flops=(7 if exponentials == 1 else 22) * size,
+            transcendentals=exponentials * size,
+            bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in moved),
+        )
         options: dict[str, Any] = {
             "out_type": outputs,
             "grid": (self.batch, self.blocks),
@@ -450,13 +453,8 @@ class _Walk:
                 approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
             ),
             "kernel_name": f"selective_scan_{name}_n{self.depth}_d{self.width}",
+            **_gpu.costs(cost),
         }
-        if _TAKES_COST_ESTIMATE:
-            options["cost_estimate"] = pl.CostEstimate(
-                flops=(7 if exponentials == 1 else 22) * size,
-                transcendentals=exponentials * size,
-                bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in moved),
-            )
         return plgpu.kernel(body, **options)(*inputs)
 
     @property
