@@ -102,6 +102,16 @@ def decays_of(gates: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.exp(after), jnp.exp(upto[:, :, 0])
 
 
+def products_of(factors: jax.Array, kind: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """As ``decays_of``, from decays [B, P, L, ...] themselves, whatever they are at padding."""
+    if kind is not None:
+        kind = kind.reshape(kind.shape + (1,) * (factors.ndim - 3))
+        factors = jnp.where(kind == START, 0.0, jnp.where(kind == PADDING, 1.0, factors))
+    upto = lax.associative_scan(jnp.multiply, factors, reverse=True, axis=2)
+    after = jnp.concatenate([upto[:, :, 1:], jnp.ones_like(upto[:, :, :1])], 2)
+    return after, upto[:, :, 0]
+
+
 def real(x: jax.Array, kind: jax.Array | None) -> jax.Array:
     """[B, P, L, ...] with zeros at padding."""
     if kind is None:

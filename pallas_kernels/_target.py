@@ -71,5 +71,5 @@ def gpu_interpreter() -> contextlib.AbstractContextManager[Any]:
     """Context in which GPU kernels are interpreted, races between threads and copies being errors."""
     from jax.experimental.pallas import mosaic_gpu
 
-    module: Any = mosaic_gpu  # jax >= 0.11 has these names
+    module: Any = mosaic_gpu  # jax >= 0.11.1 has these names
     return module.force_gpu_interpret_mode(module.InterpretGPUParams(detect_races=True))

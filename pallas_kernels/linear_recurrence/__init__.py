@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _target
+from pallas_kernels import _split, _target
 from pallas_kernels._target import Target
 from pallas_kernels._tokens import ORDINARY, PADDING, START
 
@@ -22,6 +22,8 @@ MEASURED: frozenset[str] = frozenset()
 """Platforms on which a device has confirmed the kernel's results and found it faster than the XLA form."""
 
 _GPU_CHANNELS = 8  # rows of a multiple of 16 bytes, which TMA needs; others are padded by a copy
+_BLOCK = 128  # channels of a thread block
+_PART = 32  # parts are multiples of so many tokens
 _ROWS = 65535  # blocks along an axis of a CUDA grid
 
 
@@ -32,6 +34,7 @@ def linear_recurrence(
     kind: jax.Array | None = None,
     *,
     log: bool = True,
+    parts: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """h_t = a_t h_{t-1} + x_t with a_t = exp(gate_t) (``log``) or gate_t.
 
@@ -42,6 +45,7 @@ def linear_recurrence(
         kind: [B, T] int32 of START, ORDINARY, PADDING; None is all ORDINARY. Padding may hold anything, NaN included; h is
             the unchanged state there, and its cotangent is not read: mask h if you use it.
         log: the gate is the logarithm of the decay; -inf is a decay of 0.
+        parts: cut rows into at most as many parts, which are walked side by side; None cuts those that do not fill a GPU.
 
     Returns:
         (h [B, T, D] in x's dtype, final state [B, D], float32 or complex64). Differentiable in gate, x and the initial state,
@@ -49,15 +53,41 @@ def linear_recurrence(
 
     Raises:
         NotImplementedError: ``refusal`` has something to say.
+        ValueError: ``parts`` is not positive.
     """
     if (reason := refusal(x, gate)) is not None:
         raise NotImplementedError(f"linear_recurrence: the kernel {reason}")
+    batch, time, channels = x.shape
+    cut = _split.parts(time, _PART, batch * -(-channels // _BLOCK), parts)
+    if cut is None:
+        return _whole_rows(gate, x, initial_state, kind, log)
+    kinds = cut.kinds(kind, batch)
+    states = _states_before(cut, gate, x, initial_state, kinds, log)
+    kind = None if kinds is None else _split.merge(kinds)
+    h, final = _whole_rows(cut.rows(gate), cut.rows(x), _split.merge(states), kind, log)
+    return cut.join(h), cut.last(final)
+
+
+def _whole_rows(gate, x, state, kind, log: bool) -> tuple[jax.Array, jax.Array]:
+    """As ``linear_recurrence``."""
     here, channels = _target.target(), x.shape[-1]
     extra = -channels % _GPU_CHANNELS if here.platform == "gpu" else 0
     if extra:
-        gate, x, initial_state = (jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, extra)]) for a in (gate, x, initial_state))
-    h, final = _recurrence(_planes(gate), _planes(x), _planes(initial_state), kind, log, here)
-    return _join(h, x.dtype)[..., :channels], _join(final, initial_state.dtype)[..., :channels]
+        gate, x, state = (jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, extra)]) for a in (gate, x, state))
+    h, final = _recurrence(_planes(gate), _planes(x), _planes(state), kind, log, here)
+    return _join(h, x.dtype)[..., :channels], _join(final, state.dtype)[..., :channels]
+
+
+def _states_before(cut: _split.Parts, gate, x, state, kinds, log: bool) -> jax.Array:
+    """States before all parts [B, P, D]. A part writes the sum of its x, each times the decays from there to the part's end."""
+    kinds = None if kinds is None else kinds[:, :-1]
+    x = _split.real(cut.cut(x)[:, :-1], kinds).astype(state.dtype)
+    gate = cut.cut(gate)[:, :-1]
+    if log:
+        decays, across = _split.decays_of(_split.gates_of(gate, kinds))
+    else:
+        decays, across = _split.products_of(gate.astype(state.dtype), kinds)
+    return _split.states_before(across.astype(state.dtype), (decays * x).sum(2), state)
 
 
 def refusal(x: jax.Array, gate: jax.Array) -> str | None:

@@ -99,10 +99,9 @@ def forward(
     kind: jax.Array | None,
     *,
     log: bool,
-    emit: bool = True,
     config: Config | None = None,
 ) -> tuple[Planes, Planes]:
-    """States of all tokens or, with ``emit=False``, only what these tokens make of a state.
+    """States of all tokens.
 
     Args:
         gate: planes ``[B, T, D]`` of the decay or, with ``log``, the one plane of its logarithm (``-inf``: decay 0).
@@ -110,13 +109,11 @@ def forward(
         state: planes ``[B, D]`` of the state before the first token.
         kind: kinds of the tokens ``[B, T]``; None where all are ordinary.
         log: whether ``gate`` is a logarithm.
-        emit: whether to write the states of all tokens.
         config: sizes of the pipeline; by default ``default_config``.
 
     Returns:
         ``(h, final)``: planes ``[B, T, D]`` in the dtype of ``x`` and ``[B, D]`` in float32. At padding ``h`` is the state
-        carried past it. With ``emit=False``, ``(product, final)``, both ``[B, D]`` in float32: ``product`` is that of all
-        decays, 0 once a document starts.
+        carried past it.
     """
     n = len(x)
     walk = _Walk.over((*gate, *x), config)
@@ -129,8 +126,7 @@ def forward(
                 walk.load(source, block * walk.tokens, target.at[slot], full.at[slot])
             walk.load_kinds(kind_g, block, kinds, slot, full)
 
-        def group(block, slot, first, carry):
-            h, product = carry[:n], carry[n:]
+        def group(block, slot, first, h):
             tokens = [first + i for i in range(_GROUP)]
             decays = [_decay(_read(gate_s, slot, t), log) for t in tokens]
             inputs = [_read(x_s, slot, t) for t in tokens]
@@ -139,32 +135,25 @@ def forward(
                 kind_t = walk.kind(kinds, block, slot, t)
                 h = _by_kind(kind_t, _add(_multiply(a_t, h), x_t), start=x_t, padding=h)
                 states.append(h)
-                if product:
-                    product = _by_kind(kind_t, _multiply(a_t, product), start=_zeros(h), padding=product)
-            if emit:
-                for t, h_t in zip(tokens, states):
-                    _write(x_s, slot, t, h_t)
-            return h + product
+            for t, h_t in zip(tokens, states):
+                _write(x_s, slot, t, h_t)
+            return h
 
         def store(block, slot):
             for source, target in zip(x_s, out_g):
                 walk.store(source.at[slot], target, block)
 
         h = walk.load_rows(state_g, rows, ready)
-        if emit:
-            h = walk.run(fetch, group, h, full, store, stores=n)
-            walk.store_rows(h, rows, final_g)
-        else:
-            carry = walk.run(fetch, group, h + _one(n, walk.width), full)
-            walk.store_rows(carry, rows, final_g + out_g)
+        h = walk.run(fetch, group, h, full, store, stores=n)
+        walk.store_rows(h, rows, final_g)
 
     return walk.call(
         body,
-        "forward" if emit else "summary",
+        "forward",
         loads=(gate, x),
         rows=(state,),
         kind=kind,
-        outputs=(x if emit else walk.row_types(n), walk.row_types(n)),
+        outputs=(x, walk.row_types(n)),
         log=log,
     )
 
@@ -516,13 +505,6 @@ def _multiply(a: Planes, b: Planes) -> Planes:
 
 def _zeros(like: Planes) -> Planes:
     return tuple(jnp.zeros_like(plane) for plane in like)
-
-
-def _one(planes: int, width: int) -> Planes:
-    """The number 1, laid out over the threads as what is read from shared memory."""
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // _WARPGROUP)
-    values = (1.0, 0.0)[:planes]
-    return tuple(plgpu.layout_cast(jnp.full((width,), value, jnp.float32), layout) for value in values)
 
 
 def _by_kind(kind, ordinary: Planes, *, start: Planes, padding: Planes) -> Planes:

@@ -65,7 +65,6 @@ def forward(
     kind: jax.Array | None,
     *,
     log: bool,
-    emit: bool = True,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[Planes, Planes]:
@@ -77,40 +76,33 @@ def forward(
         state: planes [B, D], float32.
         kind: [B, T] int32: 1 ordinary, 2 first of a document (a = 0), 0 padding (a = 1, x = 0); None is all 1.
         log: whether gates are logarithms (real only).
-        emit: write h; otherwise only the product of the decays.
         config: block sizes; None for ``default_config``.
         interpret: run as plain XLA, on any device.
 
     Returns:
-        (h planes [B, T, D] in x's dtype, or the product of the a_t, [B, D] float32; final state planes [B, D] float32).
+        (h planes [B, T, D] in x's dtype; final state planes [B, D] float32).
     """
     batch, time, channels = x[0].shape
-    moved = [*gate, *x, *(x if emit else ())]
+    moved = [*gate, *x, *x]
     config = config or default_config(batch, time, channels, sum(a.dtype.itemsize for a in moved))
     kind = _complete(kind, batch, time, config)
     grid = _Grid(batch, time, channels, config, reverse=False)
     block = grid.tokens()
-    first = [block] * len(x) if emit else [grid.state()] * len(x)
-    shape = (
-        jax.ShapeDtypeStruct(x[0].shape, x[0].dtype) if emit else jax.ShapeDtypeStruct((batch, channels), jnp.float32)
-    )
-    shape = [shape if emit else grid.state_shape()] * len(x)
     count = len(x)
     outputs = grid.call(
-        functools.partial(_forward_body, grid=grid, planes=count, log=log, emit=emit, typed=kind is not None),
+        functools.partial(_forward_body, grid=grid, planes=count, log=log, typed=kind is not None),
         [*grid.kinds(kind), *gate, *x, *grid.states(state)],
         [*grid.kind_specs(kind), *[block] * (2 * count), *[grid.state()] * count],
-        [*shape, *[grid.state_shape()] * count],
-        [*first, *[grid.state()] * count],
+        [*[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in x], *[grid.state_shape()] * count],
+        [*[block] * count, *[grid.state()] * count],
         moved=moved,
-        scratch=count if emit else 2 * count,
+        scratch=count,
         typed=kind is not None,
-        name=f"linear_recurrence_{'forward' if emit else 'summary'}",
+        name="linear_recurrence_forward",
         transcendentals=log,
         interpret=interpret,
     )
-    head, final = outputs[:count], outputs[count:]
-    return tuple(head) if emit else tuple(map(grid.unstate, head)), tuple(map(grid.unstate, final))
+    return tuple(outputs[:count]), tuple(map(grid.unstate, outputs[count:]))
 
 
 def backward(
@@ -351,22 +343,17 @@ class _Tiles:
         return [_where(pad, _ONE, _where(start, _ZERO, tile)) for tile, (start, pad) in zip(tiles, flags)]
 
 
-def _forward_body(*refs, grid: _Grid, planes: int, log: bool, emit: bool, typed: bool):
-    kinds, gate, x, state, head, final, spread, carried, product = _split(
-        refs, typed, planes, planes, planes, planes, planes, typed, planes, 0 if emit else planes
-    )
-    tiles = _Tiles(grid, [*gate, *x, *(head if emit else ())], kinds, spread, log)
+def _forward_body(*refs, grid: _Grid, planes: int, log: bool, typed: bool):
+    kinds, gate, x, state, h_all, final, spread, carried = _split(refs, typed, *[planes] * 5, typed, planes)
+    tiles = _Tiles(grid, [*gate, *x, *h_all], kinds, spread, log)
     lanes, width = range(grid.config.rows), grid.config.channels
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         for source, target in zip(state, carried):
             target[...] = source[...]
-        for value, target in zip(_ONE, product):
-            target[...] = jnp.full_like(target, value)
 
-    def walk(i, carry):
-        h, decay = carry
+    def walk(i, h):
         flags = [tiles.flags(i, b, width) for b in lanes]
         a = [tiles.decays(gate, i, b, flags[b]) for b in lanes]
         added = [tiles.load(x, i, b) for b in lanes]
@@ -377,26 +364,19 @@ def _forward_body(*refs, grid: _Grid, planes: int, log: bool, emit: bool, typed:
                 products, sums = _scan_tile(a[b][part], added_b, 1)
                 states = _sum(_product(products, h[b]), sums)
                 h[b] = [p[_SUBLANES - 1 :] for p in states]
-                if emit:
-                    written[b].append(states)
-                else:
-                    decay[b] = _product([p[_SUBLANES - 1 :] for p in products], decay[b])
-        if emit:
-            for b in lanes:
-                tiles.store(head, i, b, written[b])
-        return h, decay
+                written[b].append(states)
+        for b in lanes:
+            tiles.store(h_all, i, b, written[b])
+        return h
 
-    def read(scratch):
-        return [[ref[b] for ref in scratch] for b in lanes]
-
-    h, decay = lax.fori_loop(0, tiles.pieces, walk, (read(carried), read(product)))
+    h = lax.fori_loop(0, tiles.pieces, walk, [[ref[b] for ref in carried] for b in lanes])
     for b in lanes:
-        for value, target in zip([*h[b], *decay[b]], [*carried, *product]):
+        for value, target in zip(h[b], carried):
             target[b] = value
 
     @pl.when(pl.program_id(2) == grid.blocks - 1)
     def _():
-        for source, target in zip([*carried, *product], [*final, *(() if emit else head)]):
+        for source, target in zip(carried, final):
             target[...] = source[...]
 
 

@@ -1,4 +1,4 @@
-"""Every GPU kernel, forward and backward, compiles for an H200 without spills (needs ``pip install seqjax[cuda13]``, jax >= 0.12, no GPU)."""
+"""Every GPU kernel, forward and backward, compiles for an H200 without spills (needs ``pip install seqjax[cuda13]``, jax >= 0.11, no GPU)."""
 
 import functools
 import importlib.metadata
@@ -99,7 +99,7 @@ def test_selective_scan(shape, states, dtype, packed, capfd):
 @pytest.mark.parametrize("key_dim", [64, 128])
 @pytest.mark.parametrize("groups", [16, 1])
 def test_linear_attention(key_dim, value_dim, groups, kind, capfd, request):
-    if (key_dim, value_dim, groups, kind) == (128, 64, 1, "decay"):
+    if (key_dim, value_dim, groups, kind) == (128, 64, 1, "decay") and jax.version.__version_info__ >= (0, 12):
         request.applymarker(pytest.mark.xfail(reason="28 bytes spill in the backward kernel", strict=True))
     batch, time, heads = 2, 1024 if groups > 1 else 1000, 16
     keys = jax.ShapeDtypeStruct((batch, time, groups, key_dim), jnp.bfloat16)

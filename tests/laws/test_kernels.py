@@ -15,7 +15,12 @@ import pytest
 from jax.sharding import AxisType
 
 import pallas_kernels
+from pallas_kernels import _split
+from pallas_kernels import delta_rule as delta_rule_kernel
+from pallas_kernels import linear_attention as linear_attention_kernel
+from pallas_kernels import linear_recurrence as linear_recurrence_kernel
 from pallas_kernels import selective_scan as selective_scan_kernel
+from pallas_kernels._blocks import Blocks
 from seqjax.ops import delta_rule, linear_attention, selective_scan
 from seqjax.ops._segments import segment_info, token_kinds
 from tests.laws import harness, specs_matrix
@@ -42,10 +47,10 @@ NEW_JAX = pytest.mark.skipif(
 LONG = {"linear_attention_channel_decay", "delta_rule_no_decay", "delta_rule_channel_decay"}
 
 
-def every(*, long: bool):
+def every(*, long: bool, but: str = ""):
     """Every kernel; ``long``: those of ``LONG`` are in the slow tier."""
-    marks = [pytest.mark.slow if long and spec.name in LONG else () for spec in SPECS]
-    return pytest.mark.parametrize("spec", [pytest.param(s, id=repr(s), marks=m) for s, m in zip(SPECS, marks)])
+    specs = [(spec, pytest.mark.slow if long and spec.name in LONG else ()) for spec in SPECS if spec.name != but]
+    return pytest.mark.parametrize("spec", [pytest.param(spec, id=repr(spec), marks=m) for spec, m in specs])
 
 
 def every_platform(*, long: bool):
@@ -225,6 +230,84 @@ def test_selective_scan_of_any_shape(platform, shape, states, dtype, packed):
     with pallas_kernels.interpreted(platform):
         actual = jax.jit(jax.grad(kernel))(inputs)
     assert_close_rms(actual, jax.jit(jax.grad(definition))(inputs), TOLERANCE[dtype])
+
+
+def kernel_of(spec, inputs, kinds, parts):
+    """The kernel's own function; outputs at padding are unspecified."""
+    state = inputs["initial_state"]
+    if spec.name.startswith("linear_recurrence"):
+        log = "log_decay" in inputs
+        gate = inputs["log_decay" if log else "decay"]
+        x = inputs["x"] if log else inputs["x"].astype(gate.dtype)
+        return linear_recurrence_kernel.linear_recurrence(gate, x, state, kinds, log=log, parts=parts)
+    tokens = [inputs[name] for name in ("query", "key", "value", "beta") if name in inputs]
+    module = delta_rule_kernel.delta_rule if "beta" in inputs else linear_attention_kernel.linear_attention
+    scale = inputs["query"].shape[-1] ** -0.5
+    return module(*tokens, inputs.get("log_decay"), state, kinds, scale=scale, parts=parts)
+
+
+@pytest.mark.parametrize(
+    "packed", [pytest.param(False, marks=pytest.mark.slow, id="whole"), pytest.param(True, id="packed")]
+)
+@every(long=True, but="selective_scan")
+def test_rows_in_parts(spec, packed):
+    """Three parts, the last of them shorter; documents that begin, end and pause inside of parts and between them."""
+    time = 300 if spec.name.startswith("linear_attention") else 75
+    inputs = inputs_of(spec, time)
+    if packed:
+        ids = np.ones((len(inputs["initial_state"]), time), np.int32)
+        ids[0, time // 3 :], ids[0, time // 2 - 4 : time // 2], ids[-1, -time // 4 :] = 2, 0, 0
+        ids = jnp.asarray(ids)
+        kinds = token_kinds(segment_info(ids))
+    else:
+        ids = kinds = None
+    weights = harness.random_weights(jax.eval_shape(spec.call, inputs))
+
+    def loss(inputs):
+        output, state = kernel_of(spec, inputs, kinds, 3)
+        output = output if ids is None else jnp.where(at_tokens(ids, output) > 0, output, 0)
+        return harness.weighted_sum((output, state), weights), (output, state)
+
+    with pallas_kernels.interpreted("tpu"):
+        text = str(jax.make_jaxpr(loss)(inputs))
+        (_, result), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs)
+    assert "scan" in text, "rows were not cut"
+    assert_close_rms(
+        (result, gradients), harness.oracle_gradients(spec, inputs, weights, ids), 3 * TOLERANCE["float32"]
+    )
+
+
+def test_parts_fill_a_gpu_and_no_more():
+    assert _split.parts(8192, 64, 200, None) is None, "nothing idles on another platform"
+    with pallas_kernels.interpreted("gpu"):
+        assert _split.parts(8192, 64, 8, None) == _split.Parts(8192, 16, 512)
+        assert _split.parts(8192, 64, 40, None) == _split.Parts(8192, 3, 2752)
+        assert _split.parts(8192, 64, 40, None, fewest=4) is None
+        assert _split.parts(8192, 64, 132, None) is None
+        assert _split.parts(600, 64, 1, None) is None, "short rows stay whole"
+        assert _split.parts(130, 64, 1, 9) == _split.Parts(130, 3, 64)
+        with pytest.raises(ValueError, match="parts must be at least 1, got 0"):
+            _split.parts(8192, 64, 1, 0)
+
+
+@pytest.mark.parametrize("decay", [None, "scalar", "channel"])
+def test_heads_in_blocks_are_the_same_recurrence(decay):
+    spec = specs_matrix.spec(linear_attention, specs_matrix.LINEAR, decay, 2, 4)
+    make = functools.partial(specs_matrix.make, names=specs_matrix.LINEAR, decay=decay, groups=2, heads=4, k=6, v=8)
+    inputs = make(jax.random.key(0), 2, 5, jnp.float32)
+    heads = Blocks(2, 4, 6, 8, 3, 2)
+    cut = {
+        "query": heads.of_keys(inputs["query"]),
+        "key": heads.of_keys(inputs["key"]),
+        "value": heads.of_values(inputs["value"]),
+        "initial_state": heads.of_states(inputs["initial_state"]),
+    }
+    if decay is not None:
+        cut["log_decay"] = (heads.of_channels if decay == "channel" else heads.of_heads)(inputs["log_decay"])
+    output, state = harness.compiled(spec, "xla")(cut, None)
+    scale = 2**0.5  # K**-0.5 of the blocks in place of that of the heads
+    expected = harness.compiled(spec, "xla")(inputs, None)
+    assert_close_rms((heads.output(output) / scale, heads.state(state)), expected, TOLERANCE["float32"])
 
 
 def test_selective_scan_refuses_more_states_than_fit():
