@@ -131,3 +131,28 @@ def test_delta_rule(key_dim, value_dim, groups, kind, capfd):
         return delta_rule(query, key, value, beta, gate, initial_state=state, segment_ids=ids, implementation="pallas")
 
     check(call, (keys, keys, values, steps, state) + ((steps,) if kind != "plain" else ()), others, capfd)
+
+
+@pytest.mark.parametrize("kind", ["decay", "channels"])
+def test_few_heads_of_256(kind, capfd):
+    """Cut into blocks of 128 x 128 and rows into parts, around the same kernels."""
+    tokens = jax.ShapeDtypeStruct((1, 4096, 2, 256), jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct((1, 4096, 2, 256) if kind == "channels" else (1, 4096, 2), jnp.float32)
+    state = jax.ShapeDtypeStruct((1, 2, 256, 256), jnp.float32)
+
+    def call(query, key, value, gate, state):
+        return linear_attention(query, key, value, gate, initial_state=state, implementation="pallas")
+
+    check(call, (tokens, tokens, tokens, gates, state), (), capfd)
+
+
+def test_delta_rule_with_few_heads_and_wide_values(capfd):
+    keys = jax.ShapeDtypeStruct((1, 4096, 1, 128), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct((1, 4096, 2, 256), jnp.bfloat16)
+    steps = jax.ShapeDtypeStruct((1, 4096, 2), jnp.float32)
+    state = jax.ShapeDtypeStruct((1, 2, 128, 256), jnp.float32)
+
+    def call(query, key, value, beta, gate, state):
+        return delta_rule(query, key, value, beta, gate, initial_state=state, implementation="pallas")
+
+    check(call, (keys, keys, values, steps, steps, state), (), capfd)

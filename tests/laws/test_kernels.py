@@ -41,7 +41,7 @@ KERNELS = {
 }
 SPECS = [spec for spec in OPS if spec.name in KERNELS]
 NEW_JAX = pytest.mark.skipif(
-    jax.version.__version_info__ < (0, 11), reason="the GPU interpreter came with jax 0.11 (Python 3.12)"
+    jax.version.__version_info__ < (0, 11, 1), reason="the GPU interpreter came with jax 0.11.1 (Python 3.12)"
 )
 # Compiled for a quarter of a minute per test and sharing their kernels with the settings that have one decay per head.
 LONG = {"linear_attention_channel_decay", "delta_rule_no_decay", "delta_rule_channel_decay"}
@@ -412,12 +412,9 @@ GPU_MATRIX = [
     for spec in SPECS
     if spec.name.endswith("scalar_decay_grouped") or spec.name == "linear_attention_channel_decay"
 ]
-needs_newest_jax = pytest.mark.skipif(
-    jax.version.__version_info__ < (0, 12), reason="the GPU kernel needs jax 0.12 (Python 3.12)"
-)
 
 
-@needs_newest_jax
+@NEW_JAX
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("spec", GPU_MATRIX, ids=repr)
 def test_matrix_states_on_gpu(spec, packed):
@@ -438,7 +435,7 @@ def test_matrix_states_on_gpu(spec, packed):
             assert not np.any(np.asarray(actual[1][name])[np.asarray(padding)]), f"{name}: padding has a gradient"
 
 
-@needs_newest_jax
+@NEW_JAX
 def test_nearly_equal_keys_on_gpu():
     """Without decay, with keys that share a direction and steps up to 2, the inverse has entries of all sizes."""
     spec = next(spec for spec in SPECS if spec.name == "delta_rule_scalar_decay_grouped")
