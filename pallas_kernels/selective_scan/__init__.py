@@ -53,6 +53,20 @@ def selective_scan(
     """
     if (reason := refusal(x, delta, A, B, C)) is not None:
         raise NotImplementedError(f"selective_scan: the kernel {reason}")
+    states, most = A.shape[1], _STATES[_target.target().platform]
+    if states <= most:
+        return _some_states(x, delta, A, B, C, initial_state, kind)
+    # States are independent, and y is a sum over them: blocks of nearly equal size, one after the other, each reading x and delta anew.
+    count = -(-states // most)
+    edges = [states * i // count for i in range(count + 1)]
+    blocks = [slice(*edge) for edge in zip(edges, edges[1:])]
+    results = [_some_states(x, delta, A[:, n], B[..., n], C[..., n], initial_state[..., n], kind) for n in blocks]
+    y = sum(y.astype(jnp.float32) for y, _ in results)
+    return jnp.asarray(y, x.dtype), jnp.concatenate([final for _, final in results], -1)
+
+
+def _some_states(x, delta, A, B, C, initial_state, kind) -> tuple[jax.Array, jax.Array]:
+    """As ``selective_scan``, for as many states as a kernel takes."""
     here, channels = _target.target(), x.shape[-1]
     extra = -channels % _GPU_CHANNELS if here.platform == "gpu" else 0
     if extra:
@@ -71,10 +85,7 @@ def refusal(x: jax.Array, delta: jax.Array, A: jax.Array, B: jax.Array, C: jax.A
             return f"takes float32 and bfloat16; got {array.dtype}"
     if x.size == 0 or A.size == 0:
         return f"takes no empty arrays; got {x.shape} and {A.shape}"
-    platform = _target.target().platform
-    if A.shape[1] > _STATES[platform]:
-        return f"takes at most {_STATES[platform]} states per channel on a {platform.upper()}; got {A.shape[1]}"
-    if x.shape[0] > _ROWS and platform == "gpu":
+    if x.shape[0] > _ROWS and _target.target().platform == "gpu":
         return f"takes at most {_ROWS} rows on a GPU; got {x.shape[0]}"
     return None
 

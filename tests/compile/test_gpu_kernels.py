@@ -77,8 +77,8 @@ def test_linear_recurrence(shape, dtype, packed, capfd):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize(
     ("shape", "states"),
-    [((8, 4096, 2048), 16), ((8, 2048, 8192), 16), ((3, 1000, 200), 10), ((2, 20, 384), 3)],
-    ids=["full", "wide", "ragged", "short"],
+    [((8, 4096, 2048), 16), ((8, 2048, 8192), 16), ((3, 1000, 200), 10), ((2, 20, 384), 3), ((8, 4096, 2048), 40)],
+    ids=["full", "wide", "ragged", "short", "deep"],
 )
 def test_selective_scan(shape, states, dtype, packed, capfd):
     batch, time, channels = shape
