@@ -156,3 +156,16 @@ def test_delta_rule_with_few_heads_and_wide_values(capfd):
         return delta_rule(query, key, value, beta, gate, initial_state=state, implementation="pallas")
 
     check(call, (keys, keys, values, steps, steps, state), (), capfd)
+
+
+@pytest.mark.parametrize("op", [linear_recurrence, linear_attention], ids=["linear_recurrence", "linear_attention"])
+def test_under_vmap_and_remat(op, capfd):
+    shape = (3, 2, 256, 4, 64) if op is linear_attention else (3, 2, 256, 256)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct(shape[:4], jnp.bfloat16)
+
+    def call(x, gate):
+        arrays = (x, x, x, gate) if op is linear_attention else (x, gate)
+        return op(*arrays, implementation="pallas")
+
+    check(jax.vmap(jax.checkpoint(call)), (tokens, gates), (), capfd)

@@ -66,6 +66,11 @@ def oracle(name, dim, time, packed):
 
 def on_device(case, inputs, cotangents, ids, dtype, implementation="pallas"):
     """The same on the accelerator, in the dtype; skips where the kernel refuses."""
+    return on_device_with(kernel_cases.both(case, implementation), inputs, cotangents, ids, dtype)
+
+
+def on_device_with(function, inputs, cotangents, ids, dtype):
+    """``function(inputs, cotangents, ids)``."""
     narrow = {
         key: value.astype(dtype)
         if key not in ("initial_state", "log_decay", "A") and value.dtype == jnp.float32
@@ -75,7 +80,7 @@ def on_device(case, inputs, cotangents, ids, dtype, implementation="pallas"):
     output = cotangents[0] if jnp.iscomplexobj(cotangents[0]) else cotangents[0].astype(dtype)
     arguments = jax.device_put((narrow, (output, cotangents[1]), ids), jax.devices()[0])
     try:
-        return jax.device_get(jax.jit(kernel_cases.both(case, implementation))(*arguments))
+        return jax.device_get(jax.jit(function)(*arguments))
     except NotImplementedError as error:
         pytest.skip(str(error))
 
@@ -106,3 +111,21 @@ def test_long_rows_agree_with_the_xla_form(name, dtype, packed):
     actual = on_device(case, inputs, cotangents, ids, dtype)
     assert_finite(actual, name)
     assert_close_rms(actual, on_device(case, inputs, cotangents, ids, "float32", "xla"), TOLERANCE[dtype])
+
+
+@CASES
+def test_vmap_and_remat_change_nothing(name):
+    """Interpreters of GPU kernels have effects that neither takes, so it is shown here and compiled in `tests/compile`."""
+    case, inputs, cotangents = problem(name, 64, 130)
+    dtype = "float32" if "complex" in name else "bfloat16"
+
+    def twice(implementation):
+        def gradients(inputs, cotangents, ids):
+            call = jax.checkpoint(lambda inputs: kernel_cases.forward(case, implementation)(inputs, ids))
+            return jax.vjp(call, inputs)[1](cotangents)[0]
+
+        return jax.vmap(gradients, in_axes=(0, None, None))
+
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), inputs)
+    actual = on_device_with(twice("pallas"), stacked, cotangents, None, dtype)
+    assert_close_rms(actual, on_device_with(twice("xla"), stacked, cotangents, None, "float32"), TOLERANCE["bfloat16"])
