@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _split, _target
-from pallas_kernels._blocks import Blocks, largest
+from pallas_kernels._blocks import Blocks, block_size
 from pallas_kernels._tokens import ORDINARY, chunk_rules, chunks_of, decay_gradient, document_numbers, kind_rows
 
 
@@ -50,10 +50,9 @@ def blocks(query: jax.Array, value: jax.Array, *, cut_keys: bool) -> Blocks | No
     if _target.target().platform == "gpu":
         from pallas_kernels import _gpu
 
-        key_block = largest(key_dim, _gpu.HEADS if cut_keys else (key_dim,) * (key_dim in _gpu.HEADS))
-        value_block = largest(value_dim, _gpu.HEADS)
-        if key_block is None or value_block is None:
+        if key_dim > _gpu.HEADS[-1] and not cut_keys:
             return None
+        key_block, value_block = block_size(key_dim, _gpu.HEADS), block_size(value_dim, _gpu.HEADS)
     return Blocks(groups, heads, key_dim, value_dim, key_block, value_block)
 
 
@@ -65,7 +64,7 @@ def parts(
     if call.target.platform == "gpu":
         from pallas_kernels._gpu import TILE
 
-        return _split.parts(time, TILE, batch * heads * value_dim // TILE, count, fewest=fewest)
+        return _split.parts(time, TILE, batch * heads * -(-value_dim // TILE), count, fewest=fewest)
     chunk = tpu_config(kernel, call, per_channel(log_decay)).chunk
     return _split.parts(time, chunk, batch * heads, count, fewest=fewest)
 
@@ -102,8 +101,7 @@ def refusal(
         if (reason := _gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype))) is not None:
             return reason
         if blocks(query, value, cut_keys=cut_keys) is None:
-            keys = "multiples of 64" if cut_keys else "64 or 128"
-            return f"for GPUs takes K of {keys} and V of multiples of 64; got K={query.shape[3]}, V={value.shape[3]}"
+            return f"for GPUs takes K of at most {_gpu.HEADS[-1]}; got {query.shape[3]}"
         return None
     if not query.dtype == key.dtype == value.dtype or value.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes query, key and value of one dtype, float32 or bfloat16; got {query.dtype}, {key.dtype}, {value.dtype}"

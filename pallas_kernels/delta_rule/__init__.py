@@ -71,7 +71,8 @@ def _whole_rows(query, key, value, beta, log_decay, state, kind, *, scale: float
     """As ``delta_rule``."""
     heads = _matrix.blocks(query, value, cut_keys=False)
     assert heads is not None  # `refusal` has let the call pass
-    value, beta, state = heads.of_values(value), heads.of_heads(beta), heads.of_states(state)
+    query, key, value, state = heads.of_keys(query), heads.of_keys(key), heads.of_values(value), heads.of_states(state)
+    beta = heads.of_heads(beta)
     if log_decay is not None:
         log_decay = heads.of_channels(log_decay) if _matrix.per_channel(log_decay) else heads.of_heads(log_decay)
     call = _matrix.static(query, value, scale)

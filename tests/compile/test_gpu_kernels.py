@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from seqjax.models import LanguageModel, preset
 from seqjax.ops import delta_rule, linear_attention, linear_recurrence, selective_scan
+from seqjax.tasks import NextToken
+from seqjax.train import MeshConfig, Program, TrainConfig
 
 # Registers and spills of every kernel, on the standard output; read when the first one is compiled.
 os.environ.setdefault("MOSAIC_GPU_DUMP_PTXAS", "1")
@@ -32,12 +36,16 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 2 } device_de
 """
 
 
-@functools.cache
-def mesh():
+def devices(count):
     if not importlib.metadata.entry_points(group="jax_plugins"):
         pytest.fail("compiling for GPUs needs the CUDA plugin: pip install 'seqjax[cuda13]'")
-    topology = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology="1x1x1")
-    return Mesh(np.array(topology.devices[:1]), ("data",))
+    topology = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology=f"1x1x{count}")
+    return list(topology.devices)
+
+
+@functools.cache
+def mesh():
+    return Mesh(np.array(devices(1)), ("data",))
 
 
 def check(function, arrays, others, capfd):
@@ -169,3 +177,28 @@ def test_under_vmap_and_remat(op, capfd):
         return op(*arrays, implementation="pallas")
 
     check(jax.vmap(jax.checkpoint(call)), (tokens, gates), (), capfd)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("hybrid", "delta_rule_differentiate"),
+        ("mamba2", "linear_attention_backward"),
+        ("gla", "linear_attention"),
+        ("griffin", "linear_recurrence_backward"),
+        ("mamba", "selective_scan_backward"),
+    ],
+)
+def test_sharded_train_step(name, kernel):
+    """Heads of the tiny models have 16 or 32 channels, which zeros fill up to 64."""
+    model = preset(f"{name}-tiny", dtype="bfloat16", vocab_size=512)
+    config = TrainConfig(model, mesh=MeshConfig(data=1, fsdp=2, tensor=2), kernels="pallas")
+    batch = {key: jax.ShapeDtypeStruct((4, 256), jnp.int32) for key in ("tokens", "targets", "segment_ids")}
+    batch["loss_mask"] = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+    text = (
+        Program(config, lambda: LanguageModel(model, rngs=nnx.Rngs(0)), NextToken(), batch, devices(4))
+        .compile()
+        .as_text()
+    )
+    assert kernel in text
+    assert "all-reduce" in text and "all-gather" in text

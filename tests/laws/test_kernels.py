@@ -292,12 +292,13 @@ def test_parts_fill_a_gpu_and_no_more():
             _split.parts(8192, 64, 1, 0)
 
 
+@pytest.mark.parametrize("sizes", [(3, 2), (4, 5), (8, 8)], ids=["whole", "filled up", "larger"])
 @pytest.mark.parametrize("decay", [None, "scalar", "channel"])
-def test_heads_in_blocks_are_the_same_recurrence(decay):
+def test_heads_in_blocks_are_the_same_recurrence(decay, sizes):
     spec = specs_matrix.spec(linear_attention, specs_matrix.LINEAR, decay, 2, 4)
     make = functools.partial(specs_matrix.make, names=specs_matrix.LINEAR, decay=decay, groups=2, heads=4, k=6, v=8)
     inputs = make(jax.random.key(0), 2, 5, jnp.float32)
-    heads = Blocks(2, 4, 6, 8, 3, 2)
+    heads = Blocks(2, 4, 6, 8, *sizes)
     cut = {
         "query": heads.of_keys(inputs["query"]),
         "key": heads.of_keys(inputs["key"]),
@@ -307,7 +308,7 @@ def test_heads_in_blocks_are_the_same_recurrence(decay):
     if decay is not None:
         cut["log_decay"] = (heads.of_channels if decay == "channel" else heads.of_heads)(inputs["log_decay"])
     output, state = harness.compiled(spec, "xla")(cut, None)
-    scale = 2**0.5  # K**-0.5 of the blocks in place of that of the heads
+    scale = (6 / sizes[0]) ** 0.5  # K**-0.5 of the blocks in place of that of the heads
     expected = harness.compiled(spec, "xla")(inputs, None)
     assert_close_rms((heads.output(output) / scale, heads.state(state)), expected, TOLERANCE["float32"])
 
