@@ -1,10 +1,11 @@
 """Inverses of unit lower triangular matrices inside of a TPU kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._tpu import dot
 
@@ -19,7 +20,7 @@ def unit_lower_inverse(matrices: Sequence[jax.Array], *, full: bool) -> list[jax
 
         (I + [[A, 0], [B, D]])^-1 = [[X, 0], [-Y B X, Y]]   for X, Y the inverses of I + A, I + D,
 
-    with the lower halves of all pairs in one product. There are no powers of A, which would lose everything on correlated keys.
+    with the lower halves of all pairs, in two matrices, in one product. There are no powers of A, which would lose everything on correlated keys.
 
     Args:
         matrices: the A's.
@@ -61,23 +62,57 @@ def unit_lower_inverse(matrices: Sequence[jax.Array], *, full: bool) -> list[jax
 
     half = _BLOCK
     while half < size:
-        pairs = range(0, size, 2 * half)
-
-        def lower(x, half=half, pairs=pairs):
-            return jnp.concatenate([x[p + half : p + 2 * half] for p in pairs], 0)
-
-        def interleave(uppers, lowers, half=half, pairs=pairs):
-            parts = ((uppers[p : p + half], lowers[p // 2 : p // 2 + half]) for p in pairs)
-            return jnp.concatenate([part for pair in parts for part in pair], 0)
-
-        row_, lane = (lax.broadcasted_iota(jnp.int32, (size // 2, size), axis) for axis in (0, 1))
-        left = lane // half == row_ // half * 2  # the columns of B, in a pair's own lower rows
-        zeros = jnp.zeros((size, size), jnp.float32)
-        products = [product(jnp.where(left, lower(a), 0.0), x) for a, x in zip(matrices, inverses)]
-        products = [product(lower(x), interleave(zeros, p)) for x, p in zip(inverses, products)]
-        inverses = [interleave(x, lower(x) - p) for x, p in zip(inverses, products)]
+        inverses = _doubled(matrices, inverses, half, product)
         half *= 2
     return inverses
+
+
+def _doubled(matrices: Sequence[jax.Array], inverses: list[jax.Array], half: int, product: Callable) -> list[jax.Array]:
+    """The inverses of blocks of twice the size.
+
+    The factors B and X of a pair fill only its left columns, Y only its right ones, and both products of two matrices fit into one: the second
+    matrix is moved to the other half of the columns.
+    """
+    size = matrices[0].shape[0]
+    pairs = range(0, size, 2 * half)
+    row_, lane = (lax.broadcasted_iota(jnp.int32, (size // 2, size), axis) for axis in (0, 1))
+    left, own = lane // half % 2 == 0, lane // half == row_ // half * 2  # of all pairs, and of a row's own pair
+
+    def upper(x):
+        return jnp.concatenate([x[p : p + half] for p in pairs], 0)
+
+    def lower(x):
+        return jnp.concatenate([x[p + half : p + 2 * half] for p in pairs], 0)
+
+    def interleave(uppers, lowers):
+        parts = ((uppers[p : p + half], lowers[p : p + half]) for p in range(0, size // 2, half))
+        return jnp.concatenate([part for pair in parts for part in pair], 0)
+
+    def to_right(x):
+        return pltpu.roll(x, half, 1)
+
+    def to_left(x):
+        return pltpu.roll(x, size - half, 1)
+
+    firsts, seconds = list(zip(matrices[::2], inverses[::2])), list(zip(matrices[1::2], inverses[1::2]))
+    alone = len(firsts) > len(seconds)
+    seconds += [firsts[-1]] * alone
+    products = [
+        product(
+            jnp.where(own, lower(a), 0.0) + to_right(jnp.where(own, lower(b), 0.0)),
+            interleave(upper(x), to_right(upper(y))),
+        )
+        for (a, x), (b, y) in zip(firsts, seconds)
+    ]
+    products = [
+        product(lower(x) + to_left(lower(y)), interleave(jnp.where(left, 0.0, p), jnp.where(left, p, 0.0)))
+        for (_, x), (_, y), p in zip(firsts, seconds, products)
+    ]
+    doubled = []
+    for (_, x), (_, y), p in zip(firsts, seconds, products):
+        doubled.append(interleave(upper(x), lower(x) - jnp.where(left, p, 0.0)))
+        doubled.append(interleave(upper(y), lower(y) - to_left(jnp.where(left, 0.0, p))))
+    return doubled[: len(matrices)]
 
 
 def _parts(x):

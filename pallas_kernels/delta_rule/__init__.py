@@ -5,6 +5,7 @@ linear attention. A forward pass that will be differentiated also writes the sta
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def _states_before(cut: _split.Parts, key, value, beta, log_decay, state, kinds)
 
 def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array | None) -> str | None:
     """Why there is no kernel for this call where it is traced, or None."""
-    return _matrix.refusal("delta_rule", query, key, value, log_decay, gpu_channels=False, cut_keys=False)
+    return _matrix.refusal("delta_rule", query, key, value, log_decay, gpu_channels=True, cut_keys=False)
 
 
 def is_preferred() -> bool:
@@ -129,12 +130,10 @@ def _real_steps(beta: jax.Array, kind: jax.Array | None) -> jax.Array:
 def _run(query, key, value, beta, log_decay, state, kind, call: Static, *, save: bool):
     state, steps = state.astype(jnp.float32), _real_steps(beta, kind)
     if call.target.platform == "gpu":
-        from pallas_kernels.delta_rule import gpu
-
-        decays = GpuDecays(call, log_decay, kind)
+        decays, module = GpuDecays(call, log_decay, kind), _gpu_module(log_decay)
         tokens = decays.heads(query, key, value)
         with decays.interpreter():
-            output, final, saved = gpu.forward(
+            output, final, saved = module.forward(
                 *tokens, steps, decays.log_decay, state, *decays.documents, save=save, **decays.options
             )
         return flat(output), final, saved
@@ -154,12 +153,10 @@ def _backward(call, residuals, cotangents):
     dout, dfinal = cotangents
     steps = _real_steps(beta, kind)
     if call.target.platform == "gpu":
-        from pallas_kernels.delta_rule import gpu
-
-        decays = GpuDecays(call, log_decay, kind)
+        decays, module = GpuDecays(call, log_decay, kind), _gpu_module(log_decay)
         tokens = decays.heads(query, key, value)
         with decays.interpreter():
-            *gradients, dbeta, dlog_decay, dstate = gpu.backward(
+            *gradients, dbeta, dlog_decay, dstate = module.backward(
                 *tokens,
                 steps,
                 decays.log_decay,
@@ -180,3 +177,9 @@ def _backward(call, residuals, cotangents):
 
 
 _delta.defvjp(_forward, _backward)
+
+
+def _gpu_module(log_decay: jax.Array | None) -> Any:
+    from pallas_kernels.delta_rule import gpu, gpu_channels
+
+    return gpu_channels if _matrix.per_channel(log_decay) else gpu

@@ -37,13 +37,13 @@ __all__ = ["Config", "backward", "default_config", "forward"]
 def default_config(
     time: int, heads: int, groups: int, key_dim: int, value_dim: int, itemsize: int, *, channels: bool = False
 ) -> Config | None:
-    """As ``_tpu.default_config``, with 4 heads in lockstep, 2 for float32 products, which are six of bfloat16. Chunks are at most 4 K tokens:
+    """As ``_tpu.default_config``, with 8 heads in lockstep, 2 for float32 products, which are six of bfloat16. Chunks are at most 4 K tokens:
     beyond that, products inside of a chunk outgrow those with the state.
     """
     wide = itemsize > 2
     sizes = (time, heads, groups, key_dim, value_dim, itemsize)
     chunk = min(64 if wide else 128, max(16, 1 << (4 * key_dim).bit_length() - 1))
-    return _tpu.default_config("delta_rule", *sizes, chunk=chunk, lockstep=2 if wide else 4, channels=channels)
+    return _tpu.default_config("delta_rule", *sizes, chunk=chunk, lockstep=2 if wide else 8, channels=channels)
 
 
 def forward(
@@ -183,10 +183,10 @@ def _squares(query, key, value, gates, rows, groups: int, *, padded: bool, confi
     """M of every chunk and, with ``gates``, P, [B, H, N, C, C] in value's dtype."""
     heads, size, channels = rows.shape[1], config.chunk, gates is not None
     sizes = (key.shape[1], heads, groups, key.shape[2] // groups, value.shape[2] // heads, value.dtype.itemsize)
-    lockstep = 4 if channels or value.dtype.itemsize > 2 else 8
+    lockstep = 8 if channels else 16
     most = _tpu.default_config("delta_rule_inverse", *sizes, chunk=size, lockstep=lockstep, channels=channels)
     assert most is not None, "the walk has a configuration"
-    # Few heads: their chunks fill each other's gaps as well.
+    # What limits it is latency: chunks of the heads fill each other's gaps as well.
     together = max(1, min(lockstep // most.heads, rows.shape[2]))
     shape = Shape(key, value, dataclasses.replace(config, heads=most.heads), groups, heads, together=together)
     decays, decay_specs = shape.decay_inputs(gates, rows)

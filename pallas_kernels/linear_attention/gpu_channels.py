@@ -16,7 +16,7 @@ in, and :math:`Z` be E times queries in second halves and keys in first ones. Th
 
 **Sums of gates** are products too, with matrices of 0 and 1 that are made in registers where they are used: of log decays in units of
 log 2, in two parts of bfloat16 each. Nothing is subtracted, so an exponent is off by at most 2^-17 of itself, and a large one stands for a
-decay of 0: ``_RESET`` at the start of a document, and for log decays below it. The gate of padding is 0, its keys, values and
+decay of 0: ``RESET`` at the start of a document, and for log decays below it. The gate of padding is 0, its keys, values and
 queries are selected away, and no other masks are needed for documents.
 
 **Forward.** ``_prepare`` makes P, R and W, one thread block per chunk and head. ``_carry`` walks a row; the grid is (batch, heads, blocks of 64
@@ -51,8 +51,6 @@ sums of 32, a tile of decays and its like), without spills.
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -60,11 +58,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _gpu
 from pallas_kernels._gpu import TILE, Config, plgpu
+from pallas_kernels._gpu_channels import LEVELS, Pairs, as_float, split_gates
 
 _FAMILY = "linear_attention_channels"
-_LEVELS = 6  # of pairs of tokens in a chunk
-_RESET = -1024.0  # in units of log 2: exp2 of it is 0, and so it is of a sum that has it; bfloat16 has it exactly
-_LOG2E = math.log2(math.e)
 
 
 def forward(
@@ -85,7 +81,7 @@ def forward(
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or Config()
     query, key, value = (walk.fill(x) for x in (query, key, value))
-    gates, across = _gates(walk, log_decay, document)
+    gates, across = split_gates(walk, log_decay, document)
     rules = walk.rules(document, boundary)
     weights, reading, writing = _prepare(walk, query, key, gates, rules, scale=scale)
     output, final, states = _carry(
@@ -113,7 +109,7 @@ def backward(
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or Config()
     query, key, value, dout = (walk.fill(x) for x in (query, key, value, dout.astype(value.dtype)))
-    gates, across = _gates(walk, log_decay, document)
+    gates, across = split_gates(walk, log_decay, document)
     rules = walk.rules(document, boundary)
     weights, reading, writing = _prepare(walk, query, key, gates, rules, scale=scale)
     dvalue, dstate, dstates = _carry(
@@ -127,94 +123,6 @@ def backward(
     if document is not None:
         dlog_decay = jnp.where(document[..., None, None] >= 0, dlog_decay, 0.0)
     return dquery, dkey, dvalue[:, : walk.time], dlog_decay, dstate
-
-
-def _gates(walk: _gpu.Walk, log_decay, document) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Log decays in units of log 2, in two parts of bfloat16 [B, T, H, K], and decays of whole chunks [B, H, N, 1, K] in float32."""
-    gates = jnp.maximum(_LOG2E * log_decay.astype(jnp.float32), _RESET)
-    if document is not None:
-        latest = jnp.maximum(lax.cummax(document, axis=1), 0)
-        starts = latest > jnp.pad(latest[:, :-1], ((0, 0), (1, 0)))
-        gates = jnp.where(starts[..., None, None], _RESET, gates)
-        gates = jnp.where(document[..., None, None] < 0, 0.0, gates)
-    gates = walk.fill(gates)
-    totals = gates.reshape(walk.batch, walk.count, walk.chunk, walk.heads, walk.key_dim).sum(2)
-    # A cast to bfloat16 and back is one that XLA may leave out.
-    high = lax.reduce_precision(gates, exponent_bits=8, mantissa_bits=7)
-    parts = high.astype(jnp.bfloat16), (gates - high).astype(jnp.bfloat16)
-    return parts, jnp.exp2(totals).transpose(0, 2, 1, 3)[:, :, :, None]
-
-
-class _Pairs:
-    """Tokens of a chunk along the rows and columns of a tile, for use in a kernel.
-
-    Matrices of 0 and 1 say which gates, along columns, are in the sum of a token; ``transposed`` ones which sums a gate is in. What depends
-    on a level is computed for rows, of which a thread has two. The rest is one comparison per element, since the compiler would keep what
-    is the same for all levels in registers.
-    """
-
-    def __init__(self, walk: _gpu.Walk):
-        self.walk = walk
-        layouts = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-        self.row, column = (plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout) for layout in layouts)
-        self.column = _gpu.columns(column, (TILE, TILE))
-        self.same = self._rows(self.row) == self.column
-        self.lower = self.column <= self._rows(self.row)
-
-    def upto(self, *, transposed: bool = False):
-        """From the start of the chunk up to a token and with it."""
-        return _ones(self._rows(self.row) <= self.column if transposed else self.lower)
-
-    def after(self, *, transposed: bool = False):
-        """After a token up to the end of the chunk."""
-        return _ones(self._rows(self.row) > self.column if transposed else self.column > self._rows(self.row))
-
-    def level(self, level, *, transposed: bool = False):
-        """Sums of a level: in second halves those up to a token, in first halves those after it, each within its half."""
-        start, end = self._half(level)
-        if transposed:
-            return _ones(self._between((self.row, end), (start, self.row - 1), level))
-        return _ones(self._between((start, self.row), (self.row + 1, end), level))
-
-    def of(self, level):
-        """Pairs of a level, in either order."""
-        start, end = self._half(level)
-        other = 1 << level
-        return self._between((start - other, end - other), (start + other, end + other), level)
-
-    def second(self, level):
-        """Rows of tokens in second halves."""
-        return self._rows(self._second(level)) == 1
-
-    def _second(self, level):
-        return (self.row >> level) & 1
-
-    def _half(self, level):
-        """First and last token of the half."""
-        start = self.row >> level << level
-        return start, start + (1 << level) - 1
-
-    def _between(self, in_second, in_first, level):
-        """Columns from .. to .."""
-        second = self._second(level) == 1
-        first, last = (self._rows(jnp.where(second, x, y)) for x, y in zip(in_second, in_first))
-        return (first <= self.column) & (self.column <= last)
-
-    def _rows(self, vector):
-        return _gpu.rows(vector, (TILE, TILE))
-
-    def decays(self, sums, gates):
-        """exp of sums of gates, both parts of them."""
-        high, low = gates
-        return jnp.exp2(self.walk.matmul(sums, low, self.walk.matmul(sums, high)))
-
-
-def _ones(mask):
-    return jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
-
-
-def _float(ref):
-    return _gpu.load(ref).astype(jnp.float32)
 
 
 def _prepare(walk: _gpu.Walk, query, key, gates, rules, *, scale) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -236,24 +144,24 @@ def _prepare(walk: _gpu.Walk, query, key, gates, rules, *, scale) -> tuple[jax.A
         walk.load_small(None, rules_g, row, head, n, small, 0)
         plgpu.barrier_wait(full.at[0])
         walk.decays(False, rules_g, small, 0).clear_padding(q, k)
-        pairs = _Pairs(walk)
+        pairs = Pairs(walk)
         blocks = list(zip(*map(_gpu.parts, (q, k, z, high, low))))
 
         def add_level(level, total):
             for my_q, my_k, my_z, *my_gates in blocks:
                 decays = pairs.decays(pairs.level(level), my_gates)
-                x = jnp.where(pairs.second(level), _float(my_q), _float(my_k))
+                x = jnp.where(pairs.second(level), as_float(my_q), as_float(my_k))
                 my_z[...] = (decays * x).astype(z.dtype)
             # wgmma reads through another proxy than the threads write.
             plgpu.commit_smem()
             return jnp.where(pairs.of(level), walk.matmul(z, z.T), total)
 
         own = jnp.where(pairs.same, walk.matmul(q, k.T), 0.0)
-        total = lax.fori_loop(0, _LEVELS, add_level, own)
+        total = lax.fori_loop(0, LEVELS, add_level, own)
         weights[...] = jnp.where(pairs.lower, scale * total, 0.0).astype(weights.dtype)
         for my_q, my_k, _, *my_gates in blocks:
-            my_q[...] = (scale * pairs.decays(pairs.upto(), my_gates) * _float(my_q)).astype(q.dtype)
-            my_k[...] = (pairs.decays(pairs.after(), my_gates) * _float(my_k)).astype(k.dtype)
+            my_q[...] = (scale * pairs.decays(pairs.upto(), my_gates) * as_float(my_q)).astype(q.dtype)
+            my_k[...] = (pairs.decays(pairs.after(), my_gates) * as_float(my_k)).astype(k.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(weights, weights_g.at[row, head, n])
         plgpu.copy_smem_to_gmem(q, reading_g.at[row, tokens, head])
@@ -280,8 +188,8 @@ def _prepare(walk: _gpu.Walk, query, key, gates, rules, *, scale) -> tuple[jax.A
             "weights": _gpu.tiles(chunk, chunk),
         },
         walk.small_scratch(1, None, rules, arrays=4),
-        flops=2 * chunk * walk.key_dim * (3 * _LEVELS + 5),
-        exponentials=walk.key_dim * (_LEVELS + 2),
+        flops=2 * chunk * walk.key_dim * (3 * LEVELS + 5),
+        exponentials=walk.key_dim * (LEVELS + 2),
         blocks=walk.count,
     )
 
@@ -422,7 +330,7 @@ def _differentiate(
         walk.load_small(across_g, rules_g, row, head, n, small, 0)
         plgpu.barrier_wait(full.at[0])
         walk.decays(False, rules_g, small, 0).clear_padding(q, k, v)
-        pairs = _Pairs(walk)
+        pairs = Pairs(walk)
 
         def add_sums(sums, gradients, total):
             # Through shared memory, as the right factor of a product.
@@ -434,7 +342,7 @@ def _differentiate(
             x = _gpu.load(cotangents)
             return jnp.where(mask, x, jnp.zeros_like(x))
 
-        held = sum((_float(x) * _float(y)).sum(1) for x, y in zip(_gpu.parts(before), _gpu.parts(after)))
+        held = sum((as_float(x) * as_float(y)).sum(1) for x, y in zip(_gpu.parts(before), _gpu.parts(after)))
         crossing[...] = _gpu.vector(small["vectors"].at[0, 0, columns], 1) * held
         x = jnp.where(pairs.lower, walk.matmul(do, v.T), walk.matmul(v, do.T))
         cotangents[...] = (scale * x).astype(cotangents.dtype)
@@ -443,9 +351,9 @@ def _differentiate(
         # The state before the chunk is not needed any more: Z and its like take its place.
         z = before.at[:, pl.ds(0, width)]
         dgates = _gpu.columns(_gpu.vector(crossing, 0), (chunk, width))
-        dgates = add_sums(pairs.upto(transposed=True), dq * _float(q), dgates)
+        dgates = add_sums(pairs.upto(transposed=True), dq * as_float(q), dgates)
         dk = pairs.decays(pairs.after(), (high, low)) * walk.matmul(v, after.T)
-        dgates = add_sums(pairs.after(transposed=True), dk * _float(k), dgates)
+        dgates = add_sums(pairs.after(transposed=True), dk * as_float(k), dgates)
         dq = walk.matmul(some(pairs.same), k, dq)
         dk = walk.matmul(some(pairs.same), q, dk)
 
@@ -454,7 +362,7 @@ def _differentiate(
             second = pairs.second(level)
 
             def either():
-                return jnp.where(second, _float(q), _float(k))
+                return jnp.where(second, as_float(q), as_float(k))
 
             decays = pairs.decays(pairs.level(level), (high, low))
             z[...] = (decays * either()).astype(z.dtype)
@@ -463,7 +371,7 @@ def _differentiate(
             dq, dk = dq + jnp.where(second, dx, 0.0), dk + jnp.where(second, 0.0, dx)
             return dq, dk, add_sums(pairs.level(level, transposed=True), dx * either(), dgates)
 
-        dq, dk, dgates = lax.fori_loop(0, _LEVELS, add_level, (dq, dk, dgates))
+        dq, dk, dgates = lax.fori_loop(0, LEVELS, add_level, (dq, dk, dgates))
         _gpu.store(dgates_g.at[row, tokens, head, columns], dgates)
         q[...] = dq.astype(q.dtype)
         k[...] = dk.astype(k.dtype)
@@ -491,8 +399,8 @@ def _differentiate(
             "cotangents": _gpu.tiles(chunk, chunk),
         },
         walk.small_scratch(1, across, rules, arrays=8) | {"crossing": plgpu.SMEM((width,), jnp.float32)},
-        flops=2 * chunk * (walk.key_dim * (4 * _LEVELS + 8) + 2 * walk.value_dim * key_blocks)
+        flops=2 * chunk * (walk.key_dim * (4 * LEVELS + 8) + 2 * walk.value_dim * key_blocks)
         + 4 * walk.key_dim * walk.value_dim,
-        exponentials=walk.key_dim * (_LEVELS + 2),
+        exponentials=walk.key_dim * (LEVELS + 2),
         blocks=walk.count * key_blocks,
     )
