@@ -9,7 +9,7 @@ through ``implementation="pallas"``.
 | `linear_recurrence` | h_t = a_t h_{t-1} + x_t, elementwise, real and complex (TPU, GPU) |
 | `selective_scan` | h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T, y_t = h_t C_t, diagonal per channel (TPU, GPU) |
 | `linear_attention` | S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T: no decay, one per head or one per channel (TPU, GPU) |
-| `delta_rule` | S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, S' = diag(exp(g_t)) S_{t-1}; no decay, one per head (TPU, GPU), one per channel |
+| `delta_rule` | S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, S' = diag(exp(g_t)) S_{t-1}; no decay, one per head or one per channel (TPU, GPU) |
 """
 
 from pallas_kernels._target import Target, interpreted, target

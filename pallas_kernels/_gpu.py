@@ -8,6 +8,10 @@ NaN included, is selected away in shared memory, in the chunks that have any; ot
 least ``MIN_LOG_DECAY``; those below it count as it, and their gradient, below e^-60, as 0. An exponent is the difference of
 two sums of up to M in size, so it is off by less than 2^-24 M for every token between. M is 92 for decays of 1/e on average, and
 5540 if the whole chunk is at the limit: then a weight is off by less than 2.3e-4 of itself per token; bfloat16 resolves 3.9e-3.
+
+**Float32** query, key and value are pairs of bfloat16 (``Operand``), x = h + l with h the nearest to x and l to x - h, because wgmma in
+float32 has 11 bits and reads no transposed operands. A product is h h' + h l' + l h', summed in float32: what a pair loses is 2^-17 of x at
+most, and what the product leaves out is 2^-18 of it. So results are right to 1e-5, for 3 times the products and twice the shared memory.
 """
 
 import dataclasses
@@ -31,7 +35,7 @@ TILE = 64
 """Tokens of a chunk, rows of a wgmma, and columns of bfloat16 in a row of swizzled shared memory."""
 
 HEADS = (64, 128)
-"""Sizes of K and V that there are kernels for."""
+"""Sizes of K and V that there are kernels for; of V in float32, only the first. Walks of the delta rule take K = 256, too."""
 
 _TAKES_COST_ESTIMATE = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 _RULES = 32  # numbers per chunk after those of its tokens (3 are used): a copy is a multiple of 128 bytes
@@ -64,13 +68,68 @@ def refusal(query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: 
         value_shape: [B, T, H, V].
         dtypes: of query, key and value.
     """
-    if any(dtype != jnp.bfloat16 for dtype in dtypes):
-        return f"for GPUs takes bfloat16 query, key and value; got {', '.join(str(jnp.dtype(d)) for d in dtypes)}"
+    if len(set(map(jnp.dtype, dtypes))) > 1 or dtypes[0] not in (jnp.float32, jnp.bfloat16):
+        names = ", ".join(str(jnp.dtype(dtype)) for dtype in dtypes)
+        return f"for GPUs takes query, key and value of one dtype, float32 or bfloat16; got {names}"
     if 0 in query_shape + value_shape:
         return f"takes no empty arrays; got query {query_shape}, value {value_shape}"
     if max(value_shape[0], value_shape[2]) > 65535:
         return f"for GPUs takes at most 65535 rows and heads; got value {value_shape}"
     return None
+
+
+def blocks(dtype: Any) -> tuple[int, ...]:
+    """Sizes into which K and V may be cut: in float32, a tile takes up twice the memory."""
+    return HEADS if dtype == jnp.bfloat16 else HEADS[:1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array or reference as wgmma takes it: in bfloat16, or the two terms of a float32 one."""
+
+    terms: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, x: jax.Array) -> "Operand":
+        """Outside of kernels."""
+        if x.dtype == jnp.bfloat16:
+            return cls((x,))
+        # A cast to bfloat16 and back is one that XLA may leave out.
+        high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return cls((high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)))
+
+    def array(self) -> jax.Array:
+        """Undoes ``of``."""
+        return self.terms[0] if len(self.terms) == 1 else sum(x.astype(jnp.float32) for x in self.terms)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.terms[0].shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.terms[0].dtype if len(self.terms) == 1 else jnp.float32
+
+    @property
+    def T(self) -> "Operand":
+        return Operand(tuple(x.T for x in self.terms))
+
+    @property
+    def at(self) -> "_At":
+        return _At(self)
+
+    def __setitem__(self, index, tile):
+        for ref, term in zip(self.terms, split(tile, len(self.terms))):
+            ref[index] = term
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    operand: Operand
+
+    def __getitem__(self, index) -> Operand:
+        return Operand(tuple(ref.at[index] for ref in self.operand.terms))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +145,14 @@ class Walk:
     key_dim: int
     value_dim: int
     interpret: bool
+    terms: int = 1
+    """Of an ``Operand``."""
 
     @classmethod
     def over(cls, family: str, query: jax.Array, value: jax.Array, interpret: bool) -> "Walk":
         (batch, time, groups, key_dim), (heads, value_dim) = query.shape, value.shape[2:]
-        return cls(family, batch, time, groups, heads, key_dim, value_dim, interpret)
+        terms = 1 if value.dtype == jnp.bfloat16 else 2
+        return cls(family, batch, time, groups, heads, key_dim, value_dim, interpret, terms)
 
     @property
     def chunk(self) -> int:
@@ -169,8 +231,22 @@ class Walk:
             acts &= document[..., None] >= 0
         return jnp.where(acts, gradient, 0.0)
 
-    def small_scratch(self, stages: int, vectors, rules, arrays: int) -> dict[str, Any]:
-        """Scratch memory for vectors [B, H, N, ., C] and rules, and the barriers on which they arrive with chunks of that many arrays.
+    def operands(self, *arrays: jax.Array) -> list[Any]:
+        """Arrays [B, T, ...], filled up, as ``Operand`` for a kernel."""
+        return [Operand.of(self.fill(x)) for x in arrays]
+
+    def template(self, *shape: int) -> Operand:
+        """Of a result of the kernel."""
+        return Operand((jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * self.terms)
+
+    def tiles(self, *shape: int) -> Operand:
+        """Scratch memory for an operand."""
+        return Operand((tiles(*shape),) * self.terms)
+
+    def small_scratch(self, stages: int, vectors, rules, arrays: int, others: int = 0) -> dict[str, Any]:
+        """Scratch memory for vectors [B, H, N, ., C] and rules, and the barriers on which they arrive with chunks.
+
+        These are of that many operands and other arrays.
 
         Few references, because each takes up a multiple of 1 KiB.
         """
@@ -178,7 +254,8 @@ class Walk:
             "vectors": None if vectors is None else plgpu.SMEM((stages, *vectors.shape[3:]), vectors.dtype),
             "rules": plgpu.SMEM((1, self.chunk) if rules is None else (stages, self.chunk + _RULES), jnp.int32),
             "full": plgpu.Barrier(
-                num_arrivals=arrays + (vectors is not None) + (rules is not None), num_barriers=stages
+                num_arrivals=arrays * self.terms + others + (vectors is not None) + (rules is not None),
+                num_barriers=stages,
             ),
         }
 
@@ -213,7 +290,7 @@ class Walk:
         outputs = jax.tree.map(lambda out: jax.ShapeDtypeStruct(out.shape, out.dtype), outputs)
         tokens = self.batch * self.heads * self.count * self.chunk
         cost = pl.CostEstimate(
-            flops=tokens * flops,
+            flops=tokens * flops * (1, 3)[self.terms - 1],
             transcendentals=tokens * exponentials,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs))),
         )
@@ -230,7 +307,7 @@ class Walk:
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
                 reduction_scratch_bytes=0,  # sums along rows need none, and warpgroups would share it without a barrier
             ),
-            kernel_name=f"{self.family}_{name}_k{self.key_dim}_v{self.value_dim}",
+            kernel_name=f"{self.family}_{name}_k{self.key_dim}_v{self.value_dim}" + "_f32" * (self.terms - 1),
             **costs(cost),
         )(*inputs)
 
@@ -243,7 +320,7 @@ class Walk:
 
     def load(self, source, slots, slot, full):
         """Start the copy of a chunk, which arrives on ``full.at[slot]``."""
-        plgpu.copy_gmem_to_smem(source, slots.at[slot], full.at[slot])
+        fetch(source, slots.at[slot], full.at[slot])
 
     def load_small(self, vectors_g, rules_g, row, head, n, small, slot):
         """Start the copies of the vectors and rules of a chunk, if there are any."""
@@ -257,6 +334,8 @@ class Walk:
         if rules_g is None:
             layout = plgpu.Layout.WGMMA.reduce(1)
             small["rules"][0] = plgpu.broadcasted_iota(jnp.int32, (self.chunk,), 0, layout=layout)
+            if self.terms > 1:  # `zero` reads it at once
+                plgpu.commit_smem()
 
     def decays(self, decaying: bool, rules_g, small, slot) -> "Decays":
         """Those of a chunk; gates, if there are any, are the first of the vectors."""
@@ -264,20 +343,39 @@ class Walk:
         rules = small["rules"].at[0 if rules_g is None else slot]
         return Decays(gates, rules, rules_g is not None, self.chunk)
 
+    def zero(self, decays: "Decays"):
+        """0; in float32 and for K = 256, the compiler does not know.
+
+        It would take addresses in shared memory out of the loop over the chunks, and keep more of them in registers than there are.
+        With this number in an index, they are computed where they are used.
+        """
+        return 0 if self.terms == 1 and self.key_dim <= HEADS[-1] else decays.zero()
+
     def matmul(self, a, b, total=None):
-        """a @ b, added to ``total``; ``a`` in shared memory or registers, ``b`` in shared memory."""
-        if self.interpret and isinstance(a, jax.Array):
-            product = jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+        """a @ b, added to ``total``; ``a`` in shared memory or registers, ``b`` in shared memory.
+
+        A float32 tile in registers becomes an operand here; of terms, the product of the second ones is left out.
+        """
+        tile = isinstance(a, jax.Array)
+        left = split(a, self.terms if a.dtype == jnp.float32 else 1) if tile else references(a)
+        right, in_registers = references(b), isinstance(left[0], jax.Array)
+        products = [(x, y) for i, x in enumerate(left) for j, y in enumerate(right) if i + j < 2]
+        if self.interpret and in_registers:
+            product = sum(jnp.dot(x.astype(jnp.float32), y[...].astype(jnp.float32)) for x, y in products)
             return product if total is None else total + product
 
+        def add(sums):
+            for x, y in products:
+                plgpu.wgmma(sums, x, y)
+
         def accumulate(sums):
-            plgpu.wgmma(sums, a, b)
+            add(sums)
             return sums[...]  # waits for the wgmma
 
         if total is None or self.interpret:
             product = pl.run_scoped(accumulate, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
             return product if total is None else total + product
-        return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.ACC.init(total))
+        return pl.run_state(add)(plgpu.ACC.init(total))
 
 
 class Decays(NamedTuple):
@@ -337,10 +435,14 @@ class Decays(NamedTuple):
 
         @pl.when(self.rules[self.chunk + 2] != 0)
         def _clear():
-            for part in (part for tile in tiles for part in parts(tile)):
+            for part in (part for tile in tiles for ref in references(tile) for part in parts(ref)):
                 values = load(part)
                 part[...] = jnp.where(rows(self._numbers(1), values.shape) >= 0, values, jnp.zeros_like(values))
             plgpu.commit_smem()
+
+    def zero(self):
+        """0 from shared memory."""
+        return self.rules[self.chunk + 3 if self.documents else 0]
 
     def _decay(self, exponent, real):
         """exp2(exponent) where ``real`` holds, else 0; None for 1 everywhere."""
@@ -364,15 +466,40 @@ class Decays(NamedTuple):
         return self._numbers(1) & -self.chunk
 
 
-def tiles(*shape: int):
-    """Scratch memory for operands of wgmma in bfloat16."""
-    transforms = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+def tiles(*shape: int, dtype: Any = jnp.bfloat16):
+    """Scratch memory for operands of wgmma in bfloat16, and results."""
+    transforms = (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def references(x) -> tuple[Any, ...]:
+    """Those of an operand, or the reference itself."""
+    return x.terms if isinstance(x, Operand) else (x,)
+
+
+def split(tile, count: int) -> tuple[jax.Array, ...]:
+    """A tile as ``count`` terms in bfloat16."""
+    high = tile.astype(jnp.bfloat16)
+    return (high,) if count == 1 else (high, (tile - high.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def fetch(source, target, barrier):
+    """Start the copies of an operand or reference from HBM."""
+    for x, y in zip(references(source), references(target), strict=True):
+        plgpu.copy_gmem_to_smem(x, y, barrier)
+
+
+def send(source, target):
+    """Start the copies of an operand or reference to HBM, which are waited for as one."""
+    sources = references(source)
+    for i, (x, y) in enumerate(zip(sources, references(target), strict=True), 1):
+        plgpu.copy_smem_to_gmem(x, y, commit_group=i == len(sources))
 
 
 def load(ref, *, optimized: bool = True):
     """A tile as wgmma lays it out over the threads; not ``optimized`` where no access without bank conflicts exists."""
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=optimized)
+    terms = [plgpu.load(term, layout=plgpu.Layout.WGMMA, optimized=optimized) for term in references(ref)]
+    return terms[0] if len(terms) == 1 else terms[0].astype(jnp.float32) + terms[1].astype(jnp.float32)
 
 
 def store(ref, tile):

@@ -37,22 +37,29 @@ def per_channel(log_decay: jax.Array | None) -> bool:
     return log_decay is not None and log_decay.ndim == 4
 
 
-def blocks(query: jax.Array, value: jax.Array, *, cut_keys: bool) -> Blocks | None:
+def blocks(query: jax.Array, value: jax.Array, *, widest: int | None) -> Blocks | None:
     """How heads [B, T, G, K] and [B, T, H, V] are cut where this is traced, or None if they cannot be.
 
     Args:
         query: the former.
         value: the latter.
-        cut_keys: K may be cut.
+        widest: K of a GPU kernel in which K cannot be cut, at most.
     """
     (groups, key_dim), (heads, value_dim) = query.shape[2:], value.shape[2:]
     key_block, value_block = key_dim, value_dim
     if _target.target().platform == "gpu":
         from pallas_kernels import _gpu
 
-        if key_dim > _gpu.HEADS[-1] and not cut_keys:
+        sizes = _gpu.blocks(value.dtype)
+        if widest is None:
+            key_block = block_size(key_dim, sizes)
+        elif key_dim > widest:
             return None
-        key_block, value_block = block_size(key_dim, _gpu.HEADS), block_size(value_dim, _gpu.HEADS)
+        elif key_dim <= _gpu.HEADS[-1]:
+            key_block = block_size(key_dim, _gpu.HEADS)
+        else:
+            key_block, sizes = widest, sizes[:1]  # shared memory holds no larger states
+        value_block = block_size(value_dim, sizes)
     return Blocks(groups, heads, key_dim, value_dim, key_block, value_block)
 
 
@@ -76,8 +83,7 @@ def refusal(
     value: jax.Array,
     log_decay: jax.Array | None,
     *,
-    gpu_channels: bool,
-    cut_keys: bool,
+    widest: int | None,
 ) -> str | None:
     """Why there is no kernel for this call where it is traced, or None.
 
@@ -87,8 +93,7 @@ def refusal(
         key: [B, T, G, K].
         value: [B, T, H, V].
         log_decay: [B, T, H], [B, T, H, K] or None.
-        gpu_channels: on GPUs it takes decays per channel.
-        cut_keys: see ``blocks``.
+        widest: see ``blocks``.
     """
     if (reason := _target.refusal()) is not None:
         return reason
@@ -96,12 +101,12 @@ def refusal(
     if _target.target().platform == "gpu":
         from pallas_kernels import _gpu
 
-        if channels and not gpu_channels:
-            return "for GPUs takes no decay or one per head, not one per channel"
         if (reason := _gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype))) is not None:
             return reason
-        if blocks(query, value, cut_keys=cut_keys) is None:
-            return f"for GPUs takes K of at most {_gpu.HEADS[-1]}; got {query.shape[3]}"
+        if channels and kernel == "delta_rule" and value.dtype != jnp.bfloat16:
+            return f"for GPUs takes one decay per channel with bfloat16 query, key and value only; got {value.dtype}"
+        if blocks(query, value, widest=widest) is None:
+            return f"for GPUs takes K of at most {widest} here; got {query.shape[3]}"
         return None
     if not query.dtype == key.dtype == value.dtype or value.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes query, key and value of one dtype, float32 or bfloat16; got {query.dtype}, {key.dtype}, {value.dtype}"

@@ -2,8 +2,8 @@ r"""The chunked delta rule on Hopper GPUs, no decay or one per head, forward and
 
 .. math:: S' = e^{g_t} S_{t-1}, \qquad S_t = S' + \beta_t k_t (v_t - S'^T k_t)^T, \qquad o_t = scale \cdot S_t^T q_t
 
-per batch row and value head, with a float32 state :math:`S` [K, V] and bfloat16 operands. Tokens are cut into chunks of
-C = 64. With S the state before a chunk, :math:`G_i` the sum of its log decays up to and including token i,
+per batch row and value head, with a float32 state :math:`S` [K, V] and operands in bfloat16, or in float32 as pairs of it. Tokens are cut
+into chunks of C = 64. With S the state before a chunk, :math:`G_i` the sum of its log decays up to and including token i,
 :math:`D_{ri} = e^{G_r - G_i}`, :math:`L_{ri} = k_r k_i D_{ri}` for i < r and :math:`P_{ri} = scale \cdot q_r k_i D_{ri}` for i <= r,
 
 .. math::
@@ -15,14 +15,14 @@ Documents, padding and the precision of the decays are those of ``_gpu``.
 **Forward.** ``_prepare`` makes M, one thread block per chunk and head. :math:`\beta` scales columns inside of M, so its diagonal is 1
 and loses nothing in bfloat16. ``_read`` walks a row as in ``linear_attention``: the grid is (batch, heads, blocks of 64 value
 columns), the K x 64 part of the state is in registers, HBM sees query, key, value, M and output once. A pass that will be
-differentiated also stores the bfloat16 copy of the state before every chunk.
+differentiated also stores the state before every chunk as the operand it is.
 
 **Backward.** With dO and the cotangent D of the state after a chunk,
 
     dW = P^T dO + (e^{G_C - G} K) D,    dR = M^T (beta dW),    dV = dR,    D <- e^{G_C} D + scale (e^G Q)^T dO - (e^G K)^T dR.
 
 This is separable in columns of V. ``_unwind`` walks it from the last chunk to the first, on the grid of the forward pass, and stores
-dV and D in bfloat16. ``_differentiate`` makes the rest, all chunks at once: it repeats Z and W, and with
+dV and D as operands. ``_differentiate`` makes the rest, all chunks at once: it repeats Z and W, and with
 dP = scale D_ri (dO W^T) for i <= r and dL = -D_ri (dR W^T) for i < r,
 
     dQ = dP K + scale e^G dO S^T,    dK = [dL K - e^G dR S^T] + [dL^T K + dP^T Q + e^{G_C - G} W D^T].
@@ -51,10 +51,15 @@ registers leave room for. Stages are two for keys, values or dO, and M; one for 
     64, 128    42; 3       the same                                    16 + 48 + M 8 + S, D 32 + dL 8 + 2 = 114; 1
     128, 64    50; 3       2 x 32 + Q 16 + S 16 + W 8 + 2 = 106; 2     32 + 24 + M 8 + S, D 32 + dL 8 + 2 = 106; 2
     128, 128   50; 3       the same                                    5 x 16 + M 8 + S, D 64 + dL 8 + 2 = 162; 1
+    256, 64    66; 3       2 x 48 + Q 32 + S 32 + W 8 + 2 = 170; 1     64 + 24 + M 8 + S, D 64 + dL 8 + 2 = 170; 1
 
-**Registers** per thread: 159 in ``_prepare``; up to 171 (K = 64; more than 168 leave room for 2 thread blocks only) and 232 in ``_read``,
-168 and 242 in ``_unwind``, 168 in ``_differentiate``, without spills. For that, P goes through shared memory (the compiler would put
-off its decays until they meet the next sums), and sums along rows are stored at once.
+K = 256 and float32, which takes twice as much but for two of the tiles of ``_prepare``, come with V = 64 only; ``_blocks`` cuts larger ones.
+In float32 there is one thread block: 146 (K = 64) and 210 in the walks and in ``_differentiate``.
+
+**Registers** per thread: 159 in ``_prepare``; for K = 64, 128 and 256 up to 160, 218 and 255 in ``_read`` and up to 167, 239 and 254 in
+``_unwind``, 168 in ``_differentiate``, without spills (more than 168 leave room for 2 thread blocks only); in float32 up to 203 and 254, 193
+and 254, 185 and 250. For that, P goes through shared memory (the compiler would put off its decays until they meet the next sums), and sums
+along rows are stored at once.
 
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
 """
@@ -73,7 +78,7 @@ MIN_BETA = 1e-6
 """Smaller step sizes count as this: it changes a state by a millionth of what a write of size 1 does."""
 
 _FAMILY = "delta_rule"
-_REFINEMENTS = 2  # of the inverse
+_REFINEMENTS = {1: 2, 2: 3}  # of the inverse, by the terms of its operands
 
 
 def default_config(key_dim: int, value_dim: int) -> Config:
@@ -95,15 +100,15 @@ def forward(
     save: bool,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+) -> tuple[jax.Array, jax.Array, tuple[_gpu.Operand, _gpu.Operand] | None]:
     """Reads of all tokens and the state after the last.
 
     A length that is not a multiple of ``chunk`` costs copies of the token arrays, filled up with padding.
 
     Args:
-        query: [B, T, G, K] bfloat16; G divides H, query/key head g serves value heads g*H/G .. (g+1)*H/G - 1.
-        key: [B, T, G, K] bfloat16.
-        value: [B, T, H, V] bfloat16.
+        query: [B, T, G, K], float32 or bfloat16; G divides H, query/key head g serves value heads g*H/G .. (g+1)*H/G - 1.
+        key: [B, T, G, K], of its dtype.
+        value: [B, T, H, V], of its dtype.
         beta: [B, T, H].
         log_decay: [B, T, H], at most 0 (-inf included), or None.
         state: [B, H, K, V], the state before the first token.
@@ -117,17 +122,17 @@ def forward(
 
     Returns:
         ``(output, final, residuals)``: output [B, T, H, V] in the dtype of ``value``, unspecified at padding; final state
-        [B, H, K, V] float32; residuals, or None: states before the chunks [B, H, N, K, V] and M [B, H, N, C, C], in bfloat16.
+        [B, H, K, V] float32; residuals, or None: states before the chunks [B, H, N, K, V] and M [B, H, N, C, C].
     """
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or default_config(walk.key_dim, walk.value_dim)
-    query, key, value = (walk.fill(x) for x in (query, key, value))
+    query, key, value = walk.operands(query, key, value)
     small = _small(walk, beta, log_decay, document, boundary)
     inverse = _prepare(walk, key, *small)
     output, final, states = _read(
         walk, query, key, value, inverse, state, *small, scale=scale, save=save, config=config
     )
-    return output[:, : walk.time], final, (states, inverse) if save else None
+    return output.array()[:, : walk.time], final, (states, inverse) if save else None
 
 
 def backward(
@@ -138,7 +143,7 @@ def backward(
     log_decay: jax.Array | None,
     document: jax.Array | None,
     boundary: jax.Array | None,
-    residuals: tuple[jax.Array, jax.Array],
+    residuals: tuple[_gpu.Operand, _gpu.Operand],
     dout: jax.Array,
     dfinal: jax.Array,
     *,
@@ -146,7 +151,7 @@ def backward(
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """Gradients of all arrays. Those of heads that share a query and key are summed in float32, from bfloat16.
+    """Gradients of all arrays. Those of heads that share a query and key are summed in float32, from their dtype.
 
     Args:
         query: as for ``forward``, and so are key, value, beta, log_decay, document, boundary, scale, config and interpret.
@@ -169,14 +174,14 @@ def backward(
     """
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or default_config(walk.key_dim, walk.value_dim)
-    query, key, value, dout = (walk.fill(x) for x in (query, key, value, dout.astype(value.dtype)))
+    query, key, value, dout = walk.operands(query, key, value, dout.astype(value.dtype))
     states, inverse = residuals
     small = _small(walk, beta, log_decay, document, boundary)
     dvalue, dstates, dstate = _unwind(walk, query, key, dout, inverse, dfinal, *small, scale=scale, config=config)
     dquery, dkey, sums = _differentiate(
         walk, query, key, value, dout, dvalue, inverse, states, dstates, *small, scale=scale
     )
-    dquery, dkey = (walk.sum_heads(x).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
+    dquery, dkey = (walk.sum_heads(x.array()).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
     steps, leaving, inside, lower = (sums[..., part.start : part.stop, :] for part in _sums(walk))
     dbeta = walk.per_token(steps.sum(3)) / _step_sizes(beta)
     if document is not None:
@@ -185,7 +190,7 @@ def backward(
     if log_decay is not None:
         inside = inside.sum(3) + lower[..., 0, :] - lower[..., 1, :]
         dlog_decay = walk.log_decay_gradient(inside, leaving.sum((3, 4)), log_decay, document)
-    return dquery, dkey, dvalue[:, : walk.time], dbeta, dlog_decay, dstate
+    return dquery, dkey, dvalue.array()[:, : walk.time], dbeta, dlog_decay, dstate
 
 
 def _step_sizes(beta: jax.Array) -> jax.Array:
@@ -208,14 +213,14 @@ def _decays(walk: _gpu.Walk, vectors_g, rules_g, small, slot) -> tuple[_gpu.Deca
     return walk.decays(count > 1, rules_g, small, slot), small["vectors"].at[slot, count - 1]
 
 
-def _prepare(walk: _gpu.Walk, key, vectors, rules) -> jax.Array:
-    """M [B, H, N, C, C] in bfloat16.
+def _prepare(walk: _gpu.Walk, key, vectors, rules) -> _gpu.Operand:
+    """M [B, H, N, C, C].
 
     With X the inverse of the diagonal blocks of some size and F what I + L diag(beta) has in the lower left quarters of blocks of twice
     that size, the inverse of these is X - X F X. No powers appear, which would grow without bound if keys are alike; but errors of
     bfloat16 add up, to 8% at worst (nearly equal keys, beta = 2). Newton's X <- X + X (I - (I + L diag(beta)) X) squares them, if
     operands of the bracket are split into two parts: to 0.25% and to 0.02%, which bfloat16 does not resolve. That takes 18 products;
-    to split the operands of all doublings would take 30 and be no better.
+    to split the operands of all doublings would take 30 and be no better. For float32, a third step leaves what the bracket has lost.
     """
     chunk = walk.chunk
 
@@ -231,9 +236,9 @@ def _prepare(walk: _gpu.Walk, key, vectors, rules) -> jax.Array:
         decays, beta = _decays(walk, vectors_g, rules_g, small, 0)
         decays.clear_padding(k)
 
-        def split(tile, parts):
-            parts[0] = tile.astype(parts.dtype)
-            parts[1] = (tile - tile.astype(parts.dtype).astype(jnp.float32)).astype(parts.dtype)
+        def split(tile, parts, count=2):
+            for i, term in enumerate(_gpu.split(tile, count)):
+                parts[i] = term
 
         tile = decays.pairs(walk.matmul(k, k.T), strict=True)
         tile *= _gpu.columns(_gpu.vector(beta, 0), tile.shape)
@@ -263,10 +268,10 @@ def _prepare(walk: _gpu.Walk, key, vectors, rules) -> jax.Array:
 
         start = jnp.where(line == column, 1.0, jnp.where((line ^ column) == 1, -tile, 0.0))
         inverse = lax.fori_loop(1, 6, double, start)
-        inverse = lax.fori_loop(0, _REFINEMENTS, refine, inverse)
-        parts[0] = inverse.astype(parts.dtype)
+        inverse = lax.fori_loop(0, _REFINEMENTS[walk.terms], refine, inverse)
+        split(inverse, parts, walk.terms)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(parts.at[0], inverse_g.at[row, head, n])
+        _gpu.send(_gpu.Operand(tuple(parts.at[i] for i in range(walk.terms))), inverse_g.at[row, head, n])
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
@@ -274,9 +279,9 @@ def _prepare(walk: _gpu.Walk, key, vectors, rules) -> jax.Array:
         body,
         "prepare",
         (key, vectors, rules),
-        jax.ShapeDtypeStruct((*walk.state_shape(walk.count)[:3], chunk, chunk), jnp.bfloat16),
+        walk.template(*walk.state_shape(walk.count)[:3], chunk, chunk),
         {
-            "key": _gpu.tiles(1, chunk, walk.key_dim),
+            "key": walk.tiles(1, chunk, walk.key_dim),
             "lower": _gpu.tiles(2, chunk, chunk),
             "parts": _gpu.tiles(2, chunk, chunk),
         },
@@ -294,8 +299,7 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, state, vectors, rules, *,
     def body(
         query_g, key_g, value_g, inverse_g, state_g, vectors_g, rules_g, out_g, final_g, states_g, *, tiles, small
     ):
-        q, key_s, value_s, inverse_s = (tiles[name] for name in ("query", "key", "value", "inverse"))
-        carried, written = tiles["carried"], tiles["written"]
+        key_s, value_s, inverse_s = (tiles[name] for name in ("key", "value", "inverse"))
         full, ready = small["full"], small["ready"]
         row, head, block = walk.place()
         group, columns = head // walk.repeats, pl.ds(block * width, width)
@@ -309,41 +313,48 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, state, vectors, rules, *,
 
         def fetch_query(n):
             # Needed last: one slot will do, and leaves room for another thread block.
-            plgpu.copy_gmem_to_smem(query_g.at[row, pl.ds(n * chunk, chunk), group], q, ready)
+            _gpu.fetch(query_g.at[row, pl.ds(n * chunk, chunk), group], tiles["query"].at[0], ready)
 
         def step(n, state):
             slot = lax.rem(n, stages)
             plgpu.barrier_wait(full.at[slot])
             k, v, inverse = key_s.at[slot], value_s.at[slot], inverse_s.at[slot]
             decays, beta = _decays(walk, vectors_g, rules_g, small, slot)
+
+            def fixed():
+                zero = walk.zero(decays)
+                return [tiles[name].at[zero] for name in ("query", "carried", "written")]
+
+            q, carried, written = fixed()
             decays.clear_padding(k, v)
             if save:
                 # The store of the last copy has left shared memory; the output's may still be under way.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            carried[...] = state.astype(carried.dtype)
+            carried[...] = state
             # wgmma and TMA read through another proxy than the threads write.
             plgpu.commit_smem()
             if save:
-                plgpu.copy_smem_to_gmem(carried, states_g.at[row, head, n, :, columns])
-            r = _gpu.load(v).astype(jnp.float32) - _gpu.scaled(decays.from_start(), walk.matmul(k, carried))
-            v[...] = r.astype(v.dtype)
+                _gpu.send(carried, states_g.at[row, head, n, :, columns])
+            read = _gpu.scaled(decays.from_start(), walk.matmul(k, carried))
+            v[...] = _gpu.load(v).astype(jnp.float32) - read
             plgpu.commit_smem()
             w = _gpu.scaled(_gpu.vector(beta, 1), walk.matmul(inverse, v))
             # The store of the last output, the newest but for this step's copy of the state.
             plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)
-            v[...] = w.astype(v.dtype)
-            written[...] = _gpu.scaled(decays.to_end(), w).astype(written.dtype)
+            v[...] = w
+            written[...] = _gpu.scaled(decays.to_end(), w)
             plgpu.commit_smem()
             state = walk.matmul(k.T, written, _gpu.scaled(decays.across(), state))
             plgpu.barrier_wait(ready)
+            q, carried, written = fixed()
             # Through shared memory, because registers are scarce.
-            written[...] = decays.pairs(walk.matmul(q, k.T), scale).astype(written.dtype)
+            written[...] = decays.pairs(walk.matmul(q, k.T), scale)
             plgpu.commit_smem()
             o = walk.matmul(written, v, _gpu.scaled(decays.from_start(scale), walk.matmul(q, carried)))
-            written[...] = o.astype(written.dtype)
+            written[...] = o
             # All threads have read the slot before TMA refills it, too.
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(written, out_g.at[row, pl.ds(n * chunk, chunk), head, columns])
+            _gpu.send(written, out_g.at[row, pl.ds(n * chunk, chunk), head, columns])
             pl.when(n + 1 < walk.count)(lambda: fetch_query(n + 1))
             pl.when(n + stages < walk.count)(lambda: fetch(n + stages, slot))
             return state
@@ -358,21 +369,21 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, state, vectors, rules, *,
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
-    states = jax.ShapeDtypeStruct(walk.state_shape(walk.count), jnp.bfloat16) if save else None
+    states = walk.template(*walk.state_shape(walk.count)) if save else None
     return walk.call(
         body,
         "read",
         (query, key, value, inverse, state.astype(jnp.float32), vectors, rules),
-        (value, jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32), states),
+        (walk.template(*value.shape), jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32), states),
         {
-            "query": _gpu.tiles(chunk, walk.key_dim),
-            "key": _gpu.tiles(stages, chunk, walk.key_dim),
-            "value": _gpu.tiles(stages, chunk, width),
-            "inverse": _gpu.tiles(stages, chunk, chunk),
-            "carried": _gpu.tiles(walk.key_dim, width),
-            "written": _gpu.tiles(chunk, width),
+            "query": walk.tiles(1, chunk, walk.key_dim),
+            "key": walk.tiles(stages, chunk, walk.key_dim),
+            "value": walk.tiles(stages, chunk, width),
+            "inverse": walk.tiles(stages, chunk, chunk),
+            "carried": walk.tiles(1, walk.key_dim, width),
+            "written": walk.tiles(1, chunk, width),
         },
-        walk.small_scratch(stages, vectors, rules, arrays=3) | {"ready": plgpu.Barrier()},
+        walk.small_scratch(stages, vectors, rules, arrays=3) | {"ready": plgpu.Barrier(num_arrivals=walk.terms)},
         flops=2 * chunk * (walk.key_dim + 2 * walk.value_dim) + 6 * walk.key_dim * walk.value_dim,
         exponentials=0 if vectors.shape[3] == 1 else chunk,
         blocks=walk.value_dim // width,
@@ -380,15 +391,14 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, state, vectors, rules, *,
 
 
 def _unwind(walk: _gpu.Walk, query, key, dout, inverse, dfinal, vectors, rules, *, scale, config):
-    """dV, cotangents of the states after the chunks in bfloat16, and that of the initial state."""
+    """dV, cotangents of the states after the chunks, and that of the initial state."""
     chunk, width, last = walk.chunk, TILE, walk.count - 1
     stages = min(config.backward_stages, walk.count)
 
     def body(
         query_g, key_g, dout_g, inverse_g, dfinal_g, vectors_g, rules_g, dvalue_g, dstates_g, dstate_g, *, tiles, small
     ):  # fmt: skip
-        q, key_s, dout_s, inverse_s = (tiles[name] for name in ("query", "key", "dout", "inverse"))
-        carried, error = tiles["carried"], tiles["error"]
+        key_s, dout_s, inverse_s = (tiles[name] for name in ("key", "dout", "inverse"))
         full, ready = small["full"], small["ready"]
         row, head, block = walk.place()
         group, columns = head // walk.repeats, pl.ds(block * width, width)
@@ -402,36 +412,38 @@ def _unwind(walk: _gpu.Walk, query, key, dout, inverse, dfinal, vectors, rules, 
 
         def fetch_query(i):
             # Not needed to the end: one slot will do, and leaves room for another thread block.
-            plgpu.copy_gmem_to_smem(query_g.at[row, pl.ds((last - i) * chunk, chunk), group], q, ready)
+            _gpu.fetch(query_g.at[row, pl.ds((last - i) * chunk, chunk), group], tiles["query"].at[0], ready)
 
         def step(i, dstate):
             n, slot = last - i, lax.rem(i, stages)
             plgpu.barrier_wait(full.at[slot])
             k, do, inverse = key_s.at[slot], dout_s.at[slot], inverse_s.at[slot]
             decays, beta = _decays(walk, vectors_g, rules_g, small, slot)
+            zero = walk.zero(decays)
+            q, carried, error = (tiles[name].at[zero] for name in ("query", "carried", "error"))
             # The stores of the last step have left shared memory.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            carried[...] = dstate.astype(carried.dtype)
+            carried[...] = dstate
             plgpu.barrier_wait(ready)
             decays.clear_padding(k, q, do)
-            error[...] = _gpu.scaled(decays.from_start(scale), _gpu.load(do).astype(jnp.float32)).astype(error.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(carried, dstates_g.at[row, head, n, :, columns])
-            dstate = walk.matmul(q.T, error, _gpu.scaled(decays.across(), dstate))
             # Through shared memory, because registers are scarce.
-            error[...] = decays.pairs(walk.matmul(q, k.T), scale).astype(error.dtype)
-            # All threads have read the query before TMA replaces it, too.
+            error[...] = decays.pairs(walk.matmul(q, k.T), scale)
+            plgpu.commit_smem()
+            _gpu.send(carried, dstates_g.at[row, head, n, :, columns])
+            dw = walk.matmul(error.T, do, _gpu.scaled(decays.to_end(), walk.matmul(k, carried)))
+            _gpu.scale_rows(do, decays.from_start(scale))
+            error[...] = _gpu.scaled(_gpu.vector(beta, 1), dw)
+            plgpu.commit_smem()
+            dstate = walk.matmul(q.T, do, _gpu.scaled(decays.across(), dstate))
+            # All threads have read the query before TMA replaces it.
             plgpu.commit_smem()
             pl.when(i < last)(lambda: fetch_query(i + 1))
-            dw = walk.matmul(error.T, do, _gpu.scaled(decays.to_end(), walk.matmul(k, carried)))
-            error[...] = _gpu.scaled(_gpu.vector(beta, 1), dw).astype(error.dtype)
-            plgpu.commit_smem()
             dr = walk.matmul(inverse.T, error)
-            error[...] = dr.astype(error.dtype)
-            _gpu.scale_rows(k, decays.from_start(-1.0))
+            error[...] = dr
+            do[...] = _gpu.scaled(decays.from_start(-1.0), dr)  # dO is not needed any more
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(error, dvalue_g.at[row, pl.ds(n * chunk, chunk), head, columns])
-            dstate = walk.matmul(k.T, error, dstate)
+            _gpu.send(error, dvalue_g.at[row, pl.ds(n * chunk, chunk), head, columns])
+            dstate = walk.matmul(k.T, do, dstate)
             plgpu.commit_smem()
             pl.when(i + stages < walk.count)(lambda: fetch(i + stages, slot))
             return dstate
@@ -451,19 +463,19 @@ def _unwind(walk: _gpu.Walk, query, key, dout, inverse, dfinal, vectors, rules, 
         "unwind",
         (query, key, dout, inverse, dfinal.astype(jnp.float32), vectors, rules),
         (
-            dout,
-            jax.ShapeDtypeStruct(walk.state_shape(walk.count), jnp.bfloat16),
+            walk.template(*dout.shape),
+            walk.template(*walk.state_shape(walk.count)),
             jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
         ),
         {
-            "query": _gpu.tiles(chunk, walk.key_dim),
-            "key": _gpu.tiles(stages, chunk, walk.key_dim),
-            "dout": _gpu.tiles(stages, chunk, width),
-            "inverse": _gpu.tiles(stages, chunk, chunk),
-            "carried": _gpu.tiles(walk.key_dim, width),
-            "error": _gpu.tiles(chunk, width),
+            "query": walk.tiles(1, chunk, walk.key_dim),
+            "key": walk.tiles(stages, chunk, walk.key_dim),
+            "dout": walk.tiles(stages, chunk, width),
+            "inverse": walk.tiles(stages, chunk, chunk),
+            "carried": walk.tiles(1, walk.key_dim, width),
+            "error": walk.tiles(1, chunk, width),
         },
-        walk.small_scratch(stages, vectors, rules, arrays=3) | {"ready": plgpu.Barrier()},
+        walk.small_scratch(stages, vectors, rules, arrays=3) | {"ready": plgpu.Barrier(num_arrivals=walk.terms)},
         flops=2 * chunk * (walk.key_dim + 2 * walk.value_dim) + 6 * walk.key_dim * walk.value_dim,
         exponentials=0 if vectors.shape[3] == 1 else chunk,
         blocks=walk.value_dim // width,
@@ -500,9 +512,7 @@ def _differentiate(
         query_g, key_g, value_g, dout_g, dvalue_g, inverse_g, states_g, dstates_g, vectors_g, rules_g,
         dquery_g, dkey_g, sums_g, *, tiles, small,
     ):  # fmt: skip
-        q, k, v, do = (tiles[name].at[0] for name in ("query", "key", "value", "dout"))
-        dr, inverse, before, after = (tiles[name].at[0] for name in ("dvalue", "inverse", "before", "after"))
-        dscores, dlower = inverse, tiles["dlower"]  # M is not needed any more when dP is made
+        names = ("query", "key", "value", "dout", "dvalue", "inverse", "before", "after", "dlower")
         full = small["full"]
         (row, head, n), me = walk.place(), walk.warpgroup()
         tokens = pl.ds(n * chunk, chunk)
@@ -541,6 +551,8 @@ def _differentiate(
         meet()
         plgpu.barrier_wait(full.at[0])
         decays, beta = _decays(walk, vectors_g, rules_g, small, 0)
+        q, k, v, do, dr, inverse, before, after, dlower = (tiles[name].at[0] for name in names)
+        dscores = inverse  # M is not needed any more when dP is made
         if rules_g is not None:
             pl.when(me == 0)(lambda: decays.clear_padding(k, v))
             pl.when(me == warpgroups - 1)(lambda: decays.clear_padding(q, do))
@@ -550,17 +562,17 @@ def _differentiate(
             columns = pl.ds((me * value_blocks + block) * TILE, TILE)
             mine = v.at[:, columns]
             read = _gpu.scaled(decays.from_start(), walk.matmul(k, before.at[:, columns]))
-            mine[...] = (_gpu.load(mine).astype(jnp.float32) - read).astype(mine.dtype)
+            mine[...] = _gpu.load(mine).astype(jnp.float32) - read
             plgpu.commit_smem()
             z = walk.matmul(inverse, mine)
             store_sums(steps, block, sum_rows(dr.at[:, columns], z))
-            mine[...] = _gpu.scaled(_gpu.vector(beta, 1), z).astype(mine.dtype)
+            mine[...] = _gpu.scaled(_gpu.vector(beta, 1), z)
         meet()
 
         # One warpgroup makes dP and another dL.
         @pl.when(me == 0)
         def _dscores():
-            dscores[...] = decays.pairs(walk.matmul(do, v.T), scale).astype(dscores.dtype)
+            dscores[...] = decays.pairs(walk.matmul(do, v.T), scale)
             if decaying:
                 tile = decays.pairs(walk.matmul(v, dr.T), -1.0, strict=True, transposed=True)
                 store_sums(lower, 1, (tile * walk.matmul(k, k.T)).sum(1))
@@ -568,13 +580,15 @@ def _differentiate(
         @pl.when(me == warpgroups - 1)
         def _dlower():
             tile = decays.pairs(walk.matmul(dr, v.T), -1.0, strict=True)
-            dlower[...] = tile.astype(dlower.dtype)
+            dlower[...] = tile
             if decaying:
                 store_sums(lower, 0, (tile * walk.matmul(k, k.T)).sum(1))
 
         meet()
         for block in range(key_blocks):
             columns = pl.ds((me * key_blocks + block) * TILE, TILE)
+            zero = walk.zero(decays)
+            q, k, v, do, dr, dscores, before, after, dlower = (tiles[name].at[zero] for name in names)
             my_q, my_k = q.at[:, columns], k.at[:, columns]
             my_before, my_after = before.at[columns, :], after.at[columns, :]
 
@@ -598,16 +612,16 @@ def _differentiate(
             if decaying:
                 store_sums(inside, 3 * block + 2, sum_rows(my_q, dq))
             # No product will read these columns again, in this warpgroup or another.
-            my_q[...] = dq.astype(q.dtype)
-            my_k[...] = dk.astype(k.dtype)
+            my_q[...] = dq
+            my_k[...] = dk
             plgpu.commit_smem()
         meet()
-        pl.when(me == 0)(lambda: plgpu.copy_smem_to_gmem(q, dquery_g.at[row, tokens, head]))
-        pl.when(me == warpgroups - 1)(lambda: plgpu.copy_smem_to_gmem(k, dkey_g.at[row, tokens, head]))
+        pl.when(me == 0)(lambda: _gpu.send(q, dquery_g.at[row, tokens, head]))
+        pl.when(me == warpgroups - 1)(lambda: _gpu.send(k, dkey_g.at[row, tokens, head]))
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
-    per_head = jax.ShapeDtypeStruct((*value.shape[:3], walk.key_dim), query.dtype)
+    per_head = walk.template(*value.shape[:3], walk.key_dim)
     sums = (*walk.state_shape(walk.count)[:3], lower.stop if decaying else steps.stop, chunk)
     return walk.call(
         body,
@@ -615,15 +629,15 @@ def _differentiate(
         (query, key, value, dout, dvalue, inverse, states, dstates, vectors, rules),
         (per_head, per_head, jax.ShapeDtypeStruct(sums, jnp.float32)),
         {
-            "query": _gpu.tiles(1, chunk, walk.key_dim),
-            "key": _gpu.tiles(1, chunk, walk.key_dim),
-            "value": _gpu.tiles(1, chunk, walk.value_dim),
-            "dout": _gpu.tiles(1, chunk, walk.value_dim),
-            "dvalue": _gpu.tiles(1, chunk, walk.value_dim),
-            "inverse": _gpu.tiles(1, chunk, chunk),
-            "before": _gpu.tiles(1, walk.key_dim, walk.value_dim),
-            "after": _gpu.tiles(1, walk.key_dim, walk.value_dim),
-            "dlower": _gpu.tiles(chunk, chunk),
+            "query": walk.tiles(1, chunk, walk.key_dim),
+            "key": walk.tiles(1, chunk, walk.key_dim),
+            "value": walk.tiles(1, chunk, walk.value_dim),
+            "dout": walk.tiles(1, chunk, walk.value_dim),
+            "dvalue": walk.tiles(1, chunk, walk.value_dim),
+            "inverse": walk.tiles(1, chunk, chunk),
+            "before": walk.tiles(1, walk.key_dim, walk.value_dim),
+            "after": walk.tiles(1, walk.key_dim, walk.value_dim),
+            "dlower": walk.tiles(1, chunk, chunk),
         },
         walk.small_scratch(1, vectors, rules, arrays=8) | {"together": plgpu.Barrier(num_arrivals=warpgroups)},
         flops=2 * chunk * ((6 if decaying else 4) * walk.key_dim + 4 * walk.value_dim)

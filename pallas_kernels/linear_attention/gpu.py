@@ -2,8 +2,8 @@ r"""Chunked linear attention on Hopper GPUs, no decay or one per head, forward a
 
 .. math:: S_t = e^{g_t} S_{t-1} + k_t v_t^T, \qquad o_t = scale \cdot S_t^T q_t
 
-per batch row and value head, with a float32 state :math:`S` [K, V] and bfloat16 operands. Tokens are cut into chunks of
-C = 64. With S the state before a chunk and :math:`G_i` the sum of its log decays up to and including token i,
+per batch row and value head, with a float32 state :math:`S` [K, V] and operands in bfloat16, or in float32 as pairs of it. Tokens are cut
+into chunks of C = 64. With S the state before a chunk and :math:`G_i` the sum of its log decays up to and including token i,
 
 .. math::
     O = A V + (e^G Q) S, \quad A_{ij} = q_i k_j e^{G_i - G_j} \; (j \le i), \qquad S \leftarrow e^{G_C} S + (e^{G_C - G} K)^T V.
@@ -35,9 +35,10 @@ row the sums would cancel. The kernel writes the row sums, XLA does the rest.
     64, 64     2 stages x 24 + S 8 + output 8 = 64; 3    2 stages x 32 + S 8 + D 8 + A, P 16 + output 8 = 104; 2
     128, 128   2 stages x 40 + S 16 + output 8 = 104; 2  2 stages x 64 + S 32 + D 32 + A, P 16 + outputs 16 = 224; 1
 
-plus at most 3 for gates, documents and barriers. **Registers** per thread: S takes K/2 forward, D takes 32 (K = V = 64) or 64
+plus at most 3 for gates, documents and barriers. Float32 takes twice as much, so K = V = 64 only (``_blocks`` cuts larger ones): 128 forward and
+208 backward, one thread block. **Registers** per thread: S takes K/2 forward, D takes 32 (K = V = 64) or 64
 backward, and a 64 x 64 tile 32 as a sum and 16 as an operand. In all that is up to 166 (K = 64) and 212 forward, 174 (K = V = 64)
-and 255 backward, without spills. 128 value columns per warpgroup would spill forward.
+and 255 backward, without spills; in float32 up to 232 and 203. 128 value columns per warpgroup would spill forward.
 
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads.
 """
@@ -74,15 +75,15 @@ def forward(
     save: bool,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, _gpu.Operand | None]:
     """Reads of all tokens and the state after the last.
 
     A length that is not a multiple of ``chunk`` costs copies of the token arrays, filled up with padding.
 
     Args:
-        query: [B, T, G, K] bfloat16; G divides H, query/key head g serves value heads g*H/G .. (g+1)*H/G - 1.
-        key: [B, T, G, K] bfloat16.
-        value: [B, T, H, V] bfloat16.
+        query: [B, T, G, K], float32 or bfloat16; G divides H, query/key head g serves value heads g*H/G .. (g+1)*H/G - 1.
+        key: [B, T, G, K], of its dtype.
+        value: [B, T, H, V], of its dtype.
         log_decay: [B, T, H], at most 0 (-inf included), or None.
         state: [B, H, K, V], the state before the first token.
         document: [B, T] int32, the running document number of each token, -1 for padding; None if all is one document.
@@ -95,11 +96,11 @@ def forward(
 
     Returns:
         ``(output, final, states)``: output [B, T, H, V] in the dtype of ``value``, unspecified at padding; final state
-        [B, H, K, V] float32; states before the chunks [B, H, N, K, V] in bfloat16, or None.
+        [B, H, K, V] float32; states before the chunks [B, H, N, K, V], or None.
     """
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or default_config(walk.key_dim, walk.value_dim)
-    query, key, value = (walk.fill(x) for x in (query, key, value))
+    query, key, value = walk.operands(query, key, value)
     gates, rules = walk.vectors(walk.gates(log_decay, document)), walk.rules(document, boundary)
     chunk, width, stages = walk.chunk, TILE, min(config.stages, walk.count)
 
@@ -126,12 +127,12 @@ def forward(
             if save:
                 # The store of the last copy has left shared memory; the output's may still be under way.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            carried[...] = state.astype(jnp.bfloat16)
+            carried[...] = state
             # wgmma and TMA read through another proxy than the threads write.
             plgpu.commit_smem()
             if save:
-                plgpu.copy_smem_to_gmem(carried, states_g.at[row, head, n, :, columns])
-            scores = decays.pairs(walk.matmul(q, k.T), scale).astype(jnp.bfloat16)
+                _gpu.send(carried, states_g.at[row, head, n, :, columns])
+            scores = decays.pairs(walk.matmul(q, k.T), scale)
             o = walk.matmul(scores, v, _gpu.scaled(decays.from_start(scale), walk.matmul(q, carried)))
             # The store of the last output, the newest but for this step's copy of the state.
             plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)
@@ -153,18 +154,22 @@ def forward(
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
-    states = jax.ShapeDtypeStruct(walk.state_shape(walk.count), jnp.bfloat16) if save else None
+    states = walk.template(*walk.state_shape(walk.count)) if save else None
     output, final, states = walk.call(
         body,
         "forward",
         (query, key, value, gates, rules, state.astype(jnp.float32)),
-        (value, jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32), states),
+        (
+            jax.ShapeDtypeStruct(value.shape, value.dtype),
+            jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
+            states,
+        ),
         {
-            "query": _gpu.tiles(stages, chunk, walk.key_dim),
-            "key": _gpu.tiles(stages, chunk, walk.key_dim),
-            "value": _gpu.tiles(stages, chunk, width),
-            "carried": _gpu.tiles(walk.key_dim, width),
-            "out": _gpu.tiles(chunk, width),
+            "query": walk.tiles(stages, chunk, walk.key_dim),
+            "key": walk.tiles(stages, chunk, walk.key_dim),
+            "value": walk.tiles(stages, chunk, width),
+            "carried": walk.tiles(walk.key_dim, width),
+            "out": _gpu.tiles(chunk, width, dtype=value.dtype),
         },
         walk.small_scratch(stages, gates, rules, arrays=3),
         flops=2 * chunk * (walk.key_dim + walk.value_dim) + 4 * walk.key_dim * walk.value_dim,
@@ -181,7 +186,7 @@ def backward(
     log_decay: jax.Array | None,
     document: jax.Array | None,
     boundary: jax.Array | None,
-    states: jax.Array,
+    states: _gpu.Operand,
     dout: jax.Array,
     dfinal: jax.Array,
     *,
@@ -189,7 +194,7 @@ def backward(
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """Gradients of all arrays. Those of heads that share a query and key are summed in float32, from bfloat16.
+    """Gradients of all arrays. Those of heads that share a query and key are summed in float32, from their dtype.
 
     Args:
         query: as for ``forward``, and so are key, value, log_decay, document, boundary, scale, config and interpret.
@@ -211,7 +216,7 @@ def backward(
     """
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or default_config(walk.key_dim, walk.value_dim)
-    query, key, value, dout = (walk.fill(x) for x in (query, key, value, dout.astype(value.dtype)))
+    query, key, value, dout = walk.operands(query, key, value, dout.astype(value.dtype))
     gates, rules = walk.vectors(walk.gates(log_decay, document)), walk.rules(document, boundary)
     chunk, last, stages = walk.chunk, walk.count - 1, min(config.backward_stages, walk.count)
     warpgroups = walk.warpgroups
@@ -222,7 +227,6 @@ def backward(
         *, tiles, small,
     ):  # fmt: skip
         query_s, key_s, value_s, dout_s = (tiles[name] for name in ("query", "key", "value", "dout"))
-        before, carried, scores, out = (tiles[name] for name in ("before", "carried", "scores", "out"))
         full, ready = small["full"], small["ready"]
         (row, head, _), me = walk.place(), walk.warpgroup()
         mine = pl.ds(me * value_blocks * TILE, value_blocks * TILE)
@@ -239,7 +243,7 @@ def backward(
             walk.load_small(gates_g, rules_g, row, head, last - i, small, slot)
 
         def fetch_state(i):
-            plgpu.copy_gmem_to_smem(states_g.at[row, head, last - i], before, ready)
+            _gpu.fetch(states_g.at[row, head, last - i], tiles["before"].at[0], ready)
 
         def meet():
             # What this warpgroup wrote is visible to wgmma and TMA, and it has read all it had to; then the same of the other.
@@ -251,12 +255,18 @@ def backward(
         def step(i, dstate):
             n, slot = last - i, lax.rem(i, stages)
             tokens = pl.ds(n * chunk, chunk)
+            plgpu.barrier_wait(full.at[slot])
+            q, k, v, do = query_s.at[slot], key_s.at[slot], value_s.at[slot], dout_s.at[slot]
+            decays = walk.decays(gates_g is not None, rules_g, small, slot)
+            zero = walk.zero(decays)
+            before, carried, scores = (tiles[name].at[zero] for name in ("before", "carried", "scores"))
+            out = tiles["out"].at[me + zero]
 
             def store(tile, target):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last store has left the buffer
-                out[me] = tile.astype(out.dtype)
+                out[...] = tile.astype(out.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out.at[me], target)
+                plgpu.copy_smem_to_gmem(out, target)
 
             place = 0
 
@@ -268,22 +278,18 @@ def backward(
                 _gpu.store(target, sums)
                 place += sums.size
 
-            plgpu.barrier_wait(full.at[slot])
-            q, k, v, do = query_s.at[slot], key_s.at[slot], value_s.at[slot], dout_s.at[slot]
-            decays = walk.decays(gates_g is not None, rules_g, small, slot)
-
             # One warpgroup makes A and another P, from what it has cleared itself.
             @pl.when(me == 0)
             def _scores():
                 decays.clear_padding(q, k)
-                scores[0] = decays.pairs(walk.matmul(q, k.T), scale).astype(scores.dtype)
+                scores[0] = decays.pairs(walk.matmul(q, k.T), scale)
 
             @pl.when(me == warpgroups - 1)
             def _dscores():
                 decays.clear_padding(v)
-                scores[1] = decays.pairs(walk.matmul(do, v.T), scale).astype(scores.dtype)
+                scores[1] = decays.pairs(walk.matmul(do, v.T), scale)
 
-            carried[:, mine] = dstate.astype(carried.dtype)
+            carried[:, mine] = dstate
             meet()
 
             # All have left the chunk before this one, so its slot can be refilled.
@@ -347,19 +353,25 @@ def backward(
         body,
         "backward",
         (query, key, value, dout, gates, rules, states, dfinal.astype(jnp.float32)),
-        (per_head, per_head, value, sums, jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32)),
+        (
+            per_head,
+            per_head,
+            jax.ShapeDtypeStruct(value.shape, value.dtype),
+            sums,
+            jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
+        ),
         {
-            "query": _gpu.tiles(stages, chunk, walk.key_dim),
-            "key": _gpu.tiles(stages, chunk, walk.key_dim),
-            "value": _gpu.tiles(stages, chunk, walk.value_dim),
-            "dout": _gpu.tiles(stages, chunk, walk.value_dim),
-            "before": _gpu.tiles(walk.key_dim, walk.value_dim),
-            "carried": _gpu.tiles(walk.key_dim, walk.value_dim),
-            "scores": _gpu.tiles(2, chunk, chunk),
-            "out": _gpu.tiles(warpgroups, chunk, TILE),
+            "query": walk.tiles(stages, chunk, walk.key_dim),
+            "key": walk.tiles(stages, chunk, walk.key_dim),
+            "value": walk.tiles(stages, chunk, walk.value_dim),
+            "dout": walk.tiles(stages, chunk, walk.value_dim),
+            "before": walk.tiles(1, walk.key_dim, walk.value_dim),
+            "carried": walk.tiles(1, walk.key_dim, walk.value_dim),
+            "scores": walk.tiles(1, 2, chunk, chunk),
+            "out": _gpu.tiles(warpgroups, chunk, TILE, dtype=value.dtype),
         },
         walk.small_scratch(stages, gates, rules, arrays=4)
-        | {"ready": plgpu.Barrier(), "together": plgpu.Barrier(num_arrivals=warpgroups)},
+        | {"ready": plgpu.Barrier(num_arrivals=walk.terms), "together": plgpu.Barrier(num_arrivals=warpgroups)},
         flops=5 * chunk * (walk.key_dim + walk.value_dim) + 8 * walk.key_dim * walk.value_dim,
         exponentials=0 if gates is None else 5 * chunk // 2,
         warpgroups=warpgroups,

@@ -2,8 +2,8 @@ r"""Chunked linear attention with one decay per key channel on Hopper GPUs, forw
 
 .. math:: S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T, \qquad o_t = scale \cdot S_t^T q_t
 
-per batch row and value head, with a float32 state :math:`S` [K, V] and bfloat16 operands. Tokens are cut into chunks of
-C = 64. With S the state before a chunk, :math:`G_{ic}` the sum of the log decays of channel c up to and including token i,
+per batch row and value head, with a float32 state :math:`S` [K, V] and operands in bfloat16, or in float32 as pairs of it. Tokens are cut
+into chunks of C = 64. With S the state before a chunk, :math:`G_{ic}` the sum of the log decays of channel c up to and including token i,
 
 .. math::
     O = P V + R S, \quad S \leftarrow e^{G_C} S + W^T V, \qquad
@@ -20,8 +20,8 @@ decay of 0: ``RESET`` at the start of a document, and for log decays below it. T
 queries are selected away, and no other masks are needed for documents.
 
 **Forward.** ``_prepare`` makes P, R and W, one thread block per chunk and head. ``_carry`` walks a row; the grid is (batch, heads, blocks of 64
-value columns), the K x 64 part of the state is in registers. A pass that will be differentiated also stores the bfloat16 copy of the state
-before every chunk; P, R and W are made again in the backward pass.
+value columns), the K x 64 part of the state is in registers. A pass that will be differentiated also stores the state before every
+chunk as the operand it is; P, R and W are made again in the backward pass.
 
 **Backward.** With dO and the cotangent D of the state after a chunk,
 
@@ -45,8 +45,10 @@ registers leave room for:
     128, 64    4 x 16 + 24 + 2 = 90; 2   2 x 32 + R 16 + S 16 + O 8 + 2 = 106; 2       as 64, 64
     128, 128   the same                  the same                                      as 64, 128
 
+Float32 takes twice as much but for gates, so K = V = 64 only (``_blocks`` cuts larger ones): 82; 2, 146; 1 and 131; 1.
+
 **Registers** per thread: 139 (K = 64) and up to 177 in ``_prepare``, up to 106 and 152 in ``_carry``, up to 248 in ``_differentiate`` (three
-sums of 32, a tile of decays and its like), without spills.
+sums of 32, a tile of decays and its like), without spills. In float32 they are 220, 140 and 254.
 
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
 """
@@ -76,11 +78,11 @@ def forward(
     save: bool,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, _gpu.Operand | None]:
     """As ``gpu.forward``, with log_decay [B, T, H, K]."""
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or Config()
-    query, key, value = (walk.fill(x) for x in (query, key, value))
+    query, key, value = walk.operands(query, key, value)
     gates, across = split_gates(walk, log_decay, document)
     rules = walk.rules(document, boundary)
     weights, reading, writing = _prepare(walk, query, key, gates, rules, scale=scale)
@@ -97,7 +99,7 @@ def backward(
     log_decay: jax.Array,
     document: jax.Array | None,
     boundary: jax.Array | None,
-    states: jax.Array,
+    states: _gpu.Operand,
     dout: jax.Array,
     dfinal: jax.Array,
     *,
@@ -108,7 +110,7 @@ def backward(
     """As ``gpu.backward``, with log_decay and its gradient [B, T, H, K]."""
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or Config()
-    query, key, value, dout = (walk.fill(x) for x in (query, key, value, dout.astype(value.dtype)))
+    query, key, value, dout = walk.operands(query, key, value, dout.astype(value.dtype))
     gates, across = split_gates(walk, log_decay, document)
     rules = walk.rules(document, boundary)
     weights, reading, writing = _prepare(walk, query, key, gates, rules, scale=scale)
@@ -118,15 +120,15 @@ def backward(
     dquery, dkey, dlog_decay = _differentiate(
         walk, query, key, value, dout, gates, across, rules, states, dstates, scale=scale
     )
-    dquery, dkey = (walk.sum_heads(x).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
+    dquery, dkey = (walk.sum_heads(x.array()).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
     dlog_decay = dlog_decay[:, : walk.time]
     if document is not None:
         dlog_decay = jnp.where(document[..., None, None] >= 0, dlog_decay, 0.0)
     return dquery, dkey, dvalue[:, : walk.time], dlog_decay, dstate
 
 
-def _prepare(walk: _gpu.Walk, query, key, gates, rules, *, scale) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """P [B, H, N, C, C], R and W [B, T, H, K], in bfloat16; 0 for what padding reads and writes."""
+def _prepare(walk: _gpu.Walk, query, key, gates, rules, *, scale) -> tuple[_gpu.Operand, _gpu.Operand, _gpu.Operand]:
+    """P [B, H, N, C, C], R and W [B, T, H, K]; 0 for what padding reads and writes."""
     chunk = walk.chunk
 
     def body(query_g, key_g, high_g, low_g, rules_g, weights_g, reading_g, writing_g, *, tiles, small):
@@ -151,43 +153,43 @@ def _prepare(walk: _gpu.Walk, query, key, gates, rules, *, scale) -> tuple[jax.A
             for my_q, my_k, my_z, *my_gates in blocks:
                 decays = pairs.decays(pairs.level(level), my_gates)
                 x = jnp.where(pairs.second(level), as_float(my_q), as_float(my_k))
-                my_z[...] = (decays * x).astype(z.dtype)
+                my_z[...] = decays * x
             # wgmma reads through another proxy than the threads write.
             plgpu.commit_smem()
             return jnp.where(pairs.of(level), walk.matmul(z, z.T), total)
 
         own = jnp.where(pairs.same, walk.matmul(q, k.T), 0.0)
         total = lax.fori_loop(0, LEVELS, add_level, own)
-        weights[...] = jnp.where(pairs.lower, scale * total, 0.0).astype(weights.dtype)
+        weights[...] = jnp.where(pairs.lower, scale * total, 0.0)
         for my_q, my_k, _, *my_gates in blocks:
-            my_q[...] = (scale * pairs.decays(pairs.upto(), my_gates) * as_float(my_q)).astype(q.dtype)
-            my_k[...] = (pairs.decays(pairs.after(), my_gates) * as_float(my_k)).astype(k.dtype)
+            my_q[...] = scale * pairs.decays(pairs.upto(), my_gates) * as_float(my_q)
+            my_k[...] = pairs.decays(pairs.after(), my_gates) * as_float(my_k)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(weights, weights_g.at[row, head, n])
-        plgpu.copy_smem_to_gmem(q, reading_g.at[row, tokens, head])
-        plgpu.copy_smem_to_gmem(k, writing_g.at[row, tokens, head])
+        _gpu.send(weights, weights_g.at[row, head, n])
+        _gpu.send(q, reading_g.at[row, tokens, head])
+        _gpu.send(k, writing_g.at[row, tokens, head])
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
-    per_head = gates[0]
+    per_head = walk.template(*gates[0].shape)
     return walk.call(
         body,
         "prepare",
         (query, key, *gates, rules),
         (
-            jax.ShapeDtypeStruct((*walk.state_shape(walk.count)[:3], chunk, chunk), query.dtype),
+            walk.template(*walk.state_shape(walk.count)[:3], chunk, chunk),
             per_head,
             per_head,
         ),
         {
-            "query": _gpu.tiles(1, chunk, walk.key_dim),
-            "key": _gpu.tiles(1, chunk, walk.key_dim),
+            "query": walk.tiles(1, chunk, walk.key_dim),
+            "key": walk.tiles(1, chunk, walk.key_dim),
             "high": _gpu.tiles(1, chunk, walk.key_dim),
             "low": _gpu.tiles(1, chunk, walk.key_dim),
-            "z": _gpu.tiles(chunk, walk.key_dim),
-            "weights": _gpu.tiles(chunk, chunk),
+            "z": walk.tiles(chunk, walk.key_dim),
+            "weights": walk.tiles(chunk, chunk),
         },
-        walk.small_scratch(1, None, rules, arrays=4),
+        walk.small_scratch(1, None, rules, arrays=2, others=2),
         flops=2 * chunk * walk.key_dim * (3 * LEVELS + 5),
         exponentials=walk.key_dim * (LEVELS + 2),
         blocks=walk.count,
@@ -213,7 +215,7 @@ def _carry(
         stages: slots of shared memory for chunks.
 
     Returns:
-        O [B, T, H, V], the last state [B, H, K, V] float32, and the states that the chunks read [B, H, N, K, V], bfloat16, or None.
+        O [B, T, H, V], the last state [B, H, K, V] float32, and the states that the chunks read [B, H, N, K, V], or None.
     """
     chunk, width, stages = walk.chunk, TILE, min(stages, walk.count)
 
@@ -238,7 +240,7 @@ def _carry(
 
         def fetch_reading(i):
             # Not needed to the end: one slot will do, and leaves room for another thread block.
-            plgpu.copy_gmem_to_smem(reading_g.at[row, pl.ds(place(i) * chunk, chunk), head], reading_s, ready)
+            _gpu.fetch(reading_g.at[row, pl.ds(place(i) * chunk, chunk), head], reading_s, ready)
 
         def step(i, state):
             n, slot = place(i), lax.rem(i, stages)
@@ -248,11 +250,11 @@ def _carry(
             if save:
                 # The store of the last copy has left shared memory; the output's may still be under way.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            carried[...] = state.astype(carried.dtype)
+            carried[...] = state
             # wgmma and TMA read through another proxy than the threads write.
             plgpu.commit_smem()
             if save:
-                plgpu.copy_smem_to_gmem(carried, states_g.at[row, head, n, :, columns])
+                _gpu.send(carried, states_g.at[row, head, n, :, columns])
             plgpu.barrier_wait(ready)
             o = walk.matmul(weights.T if reverse else weights, v, walk.matmul(reading_s, carried))
             # The store of the last output, the newest but for this step's copy of the state.
@@ -280,19 +282,19 @@ def _carry(
         "unwind" if reverse else "read",
         (reading, writing, value, weights, across, rules, state.astype(jnp.float32)),
         (
-            value,
+            jax.ShapeDtypeStruct(value.shape, value.dtype),
             jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
-            jax.ShapeDtypeStruct(walk.state_shape(walk.count), jnp.bfloat16) if save else None,
+            walk.template(*walk.state_shape(walk.count)) if save else None,
         ),
         {
-            "reading": _gpu.tiles(chunk, walk.key_dim),
-            "writing": _gpu.tiles(stages, chunk, walk.key_dim),
-            "value": _gpu.tiles(stages, chunk, width),
-            "weights": _gpu.tiles(stages, chunk, chunk),
-            "carried": _gpu.tiles(walk.key_dim, width),
-            "out": _gpu.tiles(chunk, width),
+            "reading": walk.tiles(chunk, walk.key_dim),
+            "writing": walk.tiles(stages, chunk, walk.key_dim),
+            "value": walk.tiles(stages, chunk, width),
+            "weights": walk.tiles(stages, chunk, chunk),
+            "carried": walk.tiles(walk.key_dim, width),
+            "out": _gpu.tiles(chunk, width, dtype=value.dtype),
         },
-        walk.small_scratch(stages, across, rules, arrays=3) | {"ready": plgpu.Barrier()},
+        walk.small_scratch(stages, across, rules, arrays=3) | {"ready": plgpu.Barrier(num_arrivals=walk.terms)},
         flops=2 * chunk * walk.value_dim + 4 * walk.key_dim * walk.value_dim,
         exponentials=0,
         blocks=walk.value_dim // width,
@@ -301,8 +303,8 @@ def _carry(
 
 def _differentiate(
     walk: _gpu.Walk, query, key, value, dout, gates, across, rules, states, dstates, *, scale
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dQ and dK [B, T, H, K] in bfloat16 and the gradient of the log decays [B, T, H, K] in float32, all per value head."""
+) -> tuple[_gpu.Operand, _gpu.Operand, jax.Array]:
+    """dQ and dK [B, T, H, K] and the gradient of the log decays [B, T, H, K] in float32, all per value head."""
     chunk, width = walk.chunk, TILE
     key_blocks = walk.key_dim // width
 
@@ -334,18 +336,18 @@ def _differentiate(
 
         def add_sums(sums, gradients, total):
             # Through shared memory, as the right factor of a product.
-            z[...] = gradients.astype(z.dtype)
+            z[...] = gradients
             plgpu.commit_smem()
             return walk.matmul(sums, z, total)
 
         def some(mask):
-            x = _gpu.load(cotangents)
-            return jnp.where(mask, x, jnp.zeros_like(x))
+            terms = map(_gpu.load, cotangents.terms)
+            return _gpu.Operand(tuple(jnp.where(mask, x, jnp.zeros_like(x)) for x in terms))
 
         held = sum((as_float(x) * as_float(y)).sum(1) for x, y in zip(_gpu.parts(before), _gpu.parts(after)))
         crossing[...] = _gpu.vector(small["vectors"].at[0, 0, columns], 1) * held
         x = jnp.where(pairs.lower, walk.matmul(do, v.T), walk.matmul(v, do.T))
-        cotangents[...] = (scale * x).astype(cotangents.dtype)
+        cotangents[...] = scale * x
         plgpu.commit_smem()
         dq = scale * pairs.decays(pairs.upto(), (high, low)) * walk.matmul(do, before.T)
         # The state before the chunk is not needed any more: Z and its like take its place.
@@ -365,40 +367,49 @@ def _differentiate(
                 return jnp.where(second, as_float(q), as_float(k))
 
             decays = pairs.decays(pairs.level(level), (high, low))
-            z[...] = (decays * either()).astype(z.dtype)
+            z[...] = decays * either()
             plgpu.commit_smem()
-            dx = decays * walk.matmul(some(pairs.of(level)), z)
+            dx = walk.matmul(some(pairs.of(level)), z)
+            if walk.terms > 1:
+                # For want of registers: Z dZ goes to its place at once, and the decays are made again.
+                z[...] = as_float(z) * dx
+                plgpu.commit_smem()
+                decays = pairs.decays(pairs.level(level), (high, low))
+            dx = decays * dx
             dq, dk = dq + jnp.where(second, dx, 0.0), dk + jnp.where(second, 0.0, dx)
-            return dq, dk, add_sums(pairs.level(level, transposed=True), dx * either(), dgates)
+            sums = pairs.level(level, transposed=True)
+            if walk.terms > 1:
+                return dq, dk, walk.matmul(sums, z, dgates)
+            return dq, dk, add_sums(sums, dx * either(), dgates)
 
         dq, dk, dgates = lax.fori_loop(0, LEVELS, add_level, (dq, dk, dgates))
         _gpu.store(dgates_g.at[row, tokens, head, columns], dgates)
-        q[...] = dq.astype(q.dtype)
-        k[...] = dk.astype(k.dtype)
+        q[...] = dq
+        k[...] = dk
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q, dquery_g.at[row, tokens, head, columns])
-        plgpu.copy_smem_to_gmem(k, dkey_g.at[row, tokens, head, columns])
+        _gpu.send(q, dquery_g.at[row, tokens, head, columns])
+        _gpu.send(k, dkey_g.at[row, tokens, head, columns])
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
-    per_head = gates[0]
+    per_head = walk.template(*gates[0].shape)
     return walk.call(
         body,
         "differentiate",
         (query, key, value, dout, *gates, across, rules, states, dstates),
         (per_head, per_head, jax.ShapeDtypeStruct(per_head.shape, jnp.float32)),
         {
-            "query": _gpu.tiles(1, chunk, width),
-            "key": _gpu.tiles(1, chunk, width),
-            "value": _gpu.tiles(1, chunk, walk.value_dim),
-            "dout": _gpu.tiles(1, chunk, walk.value_dim),
+            "query": walk.tiles(1, chunk, width),
+            "key": walk.tiles(1, chunk, width),
+            "value": walk.tiles(1, chunk, walk.value_dim),
+            "dout": walk.tiles(1, chunk, walk.value_dim),
             "high": _gpu.tiles(1, chunk, width),
             "low": _gpu.tiles(1, chunk, width),
-            "before": _gpu.tiles(1, width, walk.value_dim),
-            "after": _gpu.tiles(1, width, walk.value_dim),
-            "cotangents": _gpu.tiles(chunk, chunk),
+            "before": walk.tiles(1, width, walk.value_dim),
+            "after": walk.tiles(1, width, walk.value_dim),
+            "cotangents": walk.tiles(chunk, chunk),
         },
-        walk.small_scratch(1, across, rules, arrays=8) | {"crossing": plgpu.SMEM((width,), jnp.float32)},
+        walk.small_scratch(1, across, rules, arrays=6, others=2) | {"crossing": plgpu.SMEM((width,), jnp.float32)},
         flops=2 * chunk * (walk.key_dim * (4 * LEVELS + 8) + 2 * walk.value_dim * key_blocks)
         + 4 * walk.key_dim * walk.value_dim,
         exponentials=walk.key_dim * (LEVELS + 2),

@@ -123,7 +123,7 @@ def test_linear_attention(key_dim, value_dim, groups, kind, capfd, request):
     check(call, (keys, keys, values, state) + ((gates,) if kind != "plain" else ()), others, capfd)
 
 
-@pytest.mark.parametrize("kind", ["plain", "decay", "packed"])
+@pytest.mark.parametrize("kind", ["plain", "decay", "packed", "channels", "packed channels"])
 @pytest.mark.parametrize("value_dim", [64, 128])
 @pytest.mark.parametrize("key_dim", [64, 128])
 @pytest.mark.parametrize("groups", [16, 1])
@@ -133,12 +133,53 @@ def test_delta_rule(key_dim, value_dim, groups, kind, capfd):
     values = jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16)
     steps = jax.ShapeDtypeStruct((batch, time, heads), jnp.float32)
     state = jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32)
-    others = (jax.ShapeDtypeStruct((batch, time), jnp.int32),) if kind == "packed" else ()
+    gates = jax.ShapeDtypeStruct((*steps.shape, key_dim), jnp.float32) if "channels" in kind else steps
+    others = (jax.ShapeDtypeStruct((batch, time), jnp.int32),) if "packed" in kind else ()
 
     def call(query, key, value, beta, state, gate=None, ids=None):
         return delta_rule(query, key, value, beta, gate, initial_state=state, segment_ids=ids, implementation="pallas")
 
-    check(call, (keys, keys, values, steps, state) + ((steps,) if kind != "plain" else ()), others, capfd)
+    check(call, (keys, keys, values, steps, state) + ((gates,) if kind != "plain" else ()), others, capfd)
+
+
+@pytest.mark.parametrize(
+    ("op", "kind"),
+    [
+        (linear_attention, "decay"),
+        (linear_attention, "packed"),
+        (linear_attention, "channels"),
+        (delta_rule, "decay"),
+        (delta_rule, "packed"),
+    ],
+)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_matrix_states_in_float32(op, dim, kind, capfd):
+    """K = V = 128 is K = 128 and V = 64 for the delta rule, and 64 and 64 for linear attention."""
+    keys = jax.ShapeDtypeStruct((2, 1000, 4, dim), jnp.float32)
+    values = jax.ShapeDtypeStruct((2, 1000, 16, dim), jnp.float32)
+    steps = jax.ShapeDtypeStruct((2, 1000, 16), jnp.float32)
+    gates = jax.ShapeDtypeStruct((*steps.shape, dim), jnp.float32) if kind == "channels" else steps
+    state = jax.ShapeDtypeStruct((2, 16, dim, dim), jnp.float32)
+    others = (jax.ShapeDtypeStruct((2, 1000), jnp.int32),) if kind == "packed" else ()
+
+    def call(query, key, value, gate, state, *more):
+        more, ids = (more[:-1], more[-1]) if kind == "packed" else (more, None)
+        return op(query, key, value, *more, gate, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    check(call, (keys, keys, values, gates, state) + ((steps,) if op is delta_rule else ()), others, capfd)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_delta_rule_with_keys_of_256(packed, capfd):
+    tokens = jax.ShapeDtypeStruct((2, 1000, 6, 256), jnp.bfloat16)
+    steps = jax.ShapeDtypeStruct((2, 1000, 6), jnp.float32)
+    state = jax.ShapeDtypeStruct((2, 6, 256, 256), jnp.float32)
+    others = (jax.ShapeDtypeStruct((2, 1000), jnp.int32),) if packed else ()
+
+    def call(query, key, value, beta, gate, state, ids=None):
+        return delta_rule(query, key, value, beta, gate, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    check(call, (tokens, tokens, tokens, steps, steps, state), others, capfd)
 
 
 @pytest.mark.parametrize("kind", ["decay", "channels"])
@@ -154,16 +195,18 @@ def test_few_heads_of_256(kind, capfd):
     check(call, (tokens, tokens, tokens, gates, state), (), capfd)
 
 
-def test_delta_rule_with_few_heads_and_wide_values(capfd):
+@pytest.mark.parametrize("kind", ["decay", "channels"])
+def test_delta_rule_with_few_heads_and_wide_values(kind, capfd):
     keys = jax.ShapeDtypeStruct((1, 4096, 1, 128), jnp.bfloat16)
     values = jax.ShapeDtypeStruct((1, 4096, 2, 256), jnp.bfloat16)
     steps = jax.ShapeDtypeStruct((1, 4096, 2), jnp.float32)
+    gates = jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.float32) if kind == "channels" else steps
     state = jax.ShapeDtypeStruct((1, 2, 128, 256), jnp.float32)
 
     def call(query, key, value, beta, gate, state):
         return delta_rule(query, key, value, beta, gate, initial_state=state, implementation="pallas")
 
-    check(call, (keys, keys, values, steps, steps, state), (), capfd)
+    check(call, (keys, keys, values, steps, gates, state), (), capfd)
 
 
 @pytest.mark.parametrize("op", [linear_recurrence, linear_attention], ids=["linear_recurrence", "linear_attention"])
