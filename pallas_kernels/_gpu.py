@@ -155,6 +155,11 @@ class Walk:
         return cls(family, batch, time, groups, heads, key_dim, value_dim, interpret, terms)
 
     @property
+    def _scarce(self) -> bool:
+        """Registers are: the kernels would spill."""
+        return self.terms > 1 or self.key_dim > min(HEADS[-1], self.value_dim)
+
+    @property
     def chunk(self) -> int:
         return TILE
 
@@ -334,7 +339,7 @@ class Walk:
         if rules_g is None:
             layout = plgpu.Layout.WGMMA.reduce(1)
             small["rules"][0] = plgpu.broadcasted_iota(jnp.int32, (self.chunk,), 0, layout=layout)
-            if self.terms > 1:  # `zero` reads it at once
+            if self._scarce:  # `zero` reads it at once
                 plgpu.commit_smem()
 
     def decays(self, decaying: bool, rules_g, small, slot) -> "Decays":
@@ -344,12 +349,12 @@ class Walk:
         return Decays(gates, rules, rules_g is not None, self.chunk)
 
     def zero(self, decays: "Decays"):
-        """0; in float32 and for K = 256, the compiler does not know.
+        """0, but where registers are scarce the compiler does not know.
 
         It would take addresses in shared memory out of the loop over the chunks, and keep more of them in registers than there are.
         With this number in an index, they are computed where they are used.
         """
-        return 0 if self.terms == 1 and self.key_dim <= HEADS[-1] else decays.zero()
+        return decays.zero() if self._scarce else 0
 
     def matmul(self, a, b, total=None):
         """a @ b, added to ``total``; ``a`` in shared memory or registers, ``b`` in shared memory.
