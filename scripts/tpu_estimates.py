@@ -482,6 +482,11 @@ NOTES = [
     "step that store a vector register to VMEM.",
     "'4 heads' (selective_scan): profiled with a quarter of the channels, since the profile of all takes gigabytes; about a third too high where "
     "both were read.",
+    "Why more than twice the roofline. Heads of 64: half of the lanes of a vector register and a quarter (v6e: a sixteenth) of a matrix unit, for "
+    "scores of as many tokens as with 128. delta_rule: the inverses, half of the forward pass, are chains of small products, and 16 of them "
+    "in lockstep do not hide each other's latency. Decays per channel: seven levels of exponentials, products and selections where the "
+    "roofline counts one product. float32: six products in which a matrix unit of v6e is a quarter full; the roofline takes it to be full. "
+    "selective_scan: B and C are spread over lanes, whatever the number of channels, and sums over the states cross sublanes.",
 ]
 
 
