@@ -78,7 +78,7 @@ def refusal(query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: 
     return None
 
 
-def blocks(dtype: Any) -> tuple[int, ...]:
+def head_sizes(dtype: Any) -> tuple[int, ...]:
     """Sizes into which K and V may be cut: in float32, a tile takes up twice the memory."""
     return HEADS if dtype == jnp.bfloat16 else HEADS[:1]
 

@@ -50,7 +50,7 @@ def blocks(query: jax.Array, value: jax.Array, *, widest: int | None) -> Blocks 
     if _target.target().platform == "gpu":
         from pallas_kernels import _gpu
 
-        sizes = _gpu.blocks(value.dtype)
+        sizes = _gpu.head_sizes(value.dtype)
         if widest is None:
             key_block = block_size(key_dim, sizes)
         elif key_dim > widest:
@@ -123,6 +123,11 @@ def tpu_config(kernel: str, call: Static, channels: bool) -> Any:
     (_, time, groups, key_dim), (heads, value_dim) = call.query_shape, call.value_shape[2:]
     module = importlib.import_module(f"pallas_kernels.{kernel}.tpu")
     return module.default_config(time, heads, groups, key_dim, value_dim, call.itemsize, channels=channels)
+
+
+def gpu_module(kernel: str, log_decay: jax.Array | None) -> Any:
+    """The one for these decays."""
+    return importlib.import_module(f"pallas_kernels.{kernel}.gpu{'_channels' if per_channel(log_decay) else ''}")
 
 
 class TpuDecays:

@@ -8,7 +8,7 @@ Parts are whole chunks long. What fills up the last one is padding.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -140,3 +140,30 @@ def states_before(
 
     final, states = lax.scan(step, first, (across.swapaxes(0, 1), written.swapaxes(0, 1)))
     return jnp.concatenate([states, final[None]]).swapaxes(0, 1)
+
+
+def walked(
+    cut: Parts | None,
+    whole_rows: Callable[..., tuple[jax.Array, jax.Array]],
+    between: Callable[..., jax.Array],
+    tokens: Sequence[jax.Array | None],
+    state: jax.Array,
+    kind: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """``whole_rows(*tokens, state, kind)``, in parts if there is a ``cut``.
+
+    Args:
+        cut: of ``parts``.
+        whole_rows: gives outputs [B, T, ...] and final states [B, ...] from arrays [B, T, ...], states and kinds.
+        between: ``between(cut, *tokens, state, kinds)`` are the states before all parts [B, P, ...].
+        tokens: arrays [B, T, ...] or None.
+        state: that before the first token [B, ...].
+        kind: [B, T] or None.
+    """
+    if cut is None:
+        return whole_rows(*tokens, state, kind)
+    kinds = cut.kinds(kind, state.shape[0])
+    states = merge(between(cut, *tokens, state, kinds))
+    rows = [None if x is None else cut.rows(x) for x in tokens]
+    output, final = whole_rows(*rows, states, None if kinds is None else merge(kinds))
+    return cut.join(output), cut.last(final)

@@ -5,7 +5,6 @@ linear attention. A forward pass that will be differentiated also writes the sta
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +57,9 @@ def delta_rule(
         raise NotImplementedError(f"delta_rule: the kernel {reason}")
     beta = beta.astype(jnp.float32)
     cut = _matrix.parts("delta_rule", query, value, log_decay, parts, fewest=4)
-    if cut is None:
-        return _whole_rows(query, key, value, beta, log_decay, initial_state, kind, scale=scale)
-    kinds = cut.kinds(kind, query.shape[0])
-    states = _states_before(cut, key, value, beta, log_decay, initial_state, kinds)
-    rows = [None if x is None else cut.rows(x) for x in (query, key, value, beta, log_decay)]
-    kind = None if kinds is None else _split.merge(kinds)
-    output, final = _whole_rows(*rows, _split.merge(states), kind, scale=scale)
-    return cut.join(output), cut.last(final)
+    whole_rows = functools.partial(_whole_rows, scale=scale)
+    tokens = query, key, value, beta, log_decay
+    return _split.walked(cut, whole_rows, _states_before, tokens, initial_state, kind)
 
 
 def _whole_rows(query, key, value, beta, log_decay, state, kind, *, scale: float) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +75,7 @@ def _whole_rows(query, key, value, beta, log_decay, state, kind, *, scale: float
     return heads.output(output.reshape(value.shape)), heads.state(final)
 
 
-def _states_before(cut: _split.Parts, key, value, beta, log_decay, state, kinds) -> jax.Array:
+def _states_before(cut: _split.Parts, query, key, value, beta, log_decay, state, kinds) -> jax.Array:
     """States before all parts [B, P, H, K, V], by two more walks of all parts but the last: from an empty state with these values, and from
     the unit matrix with values of 0.
     """
@@ -135,7 +129,7 @@ def _real_steps(beta: jax.Array, kind: jax.Array | None) -> jax.Array:
 def _run(query, key, value, beta, log_decay, state, kind, call: Static, *, save: bool):
     state, steps = state.astype(jnp.float32), _real_steps(beta, kind)
     if call.target.platform == "gpu":
-        decays, module = GpuDecays(call, log_decay, kind), _gpu_module(log_decay)
+        decays, module = GpuDecays(call, log_decay, kind), _matrix.gpu_module("delta_rule", log_decay)
         tokens = decays.heads(query, key, value)
         with decays.interpreter():
             output, final, saved = module.forward(
@@ -158,7 +152,7 @@ def _backward(call, residuals, cotangents):
     dout, dfinal = cotangents
     steps = _real_steps(beta, kind)
     if call.target.platform == "gpu":
-        decays, module = GpuDecays(call, log_decay, kind), _gpu_module(log_decay)
+        decays, module = GpuDecays(call, log_decay, kind), _matrix.gpu_module("delta_rule", log_decay)
         tokens = decays.heads(query, key, value)
         with decays.interpreter():
             *gradients, dbeta, dlog_decay, dstate = module.backward(
@@ -182,9 +176,3 @@ def _backward(call, residuals, cotangents):
 
 
 _delta.defvjp(_forward, _backward)
-
-
-def _gpu_module(log_decay: jax.Array | None) -> Any:
-    from pallas_kernels.delta_rule import gpu, gpu_channels
-
-    return gpu_channels if _matrix.per_channel(log_decay) else gpu

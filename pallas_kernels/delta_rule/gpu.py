@@ -40,7 +40,7 @@ columns. From dL in bfloat16 the gradient would be off by 3% in bad cases, in pl
 does the rest.
 
 **Gradient of beta.** :math:`d\beta_r = \langle Z_r, dR_r \rangle / \beta_r`, an identity that needs neither dZ nor another product. To have no
-division by 0, a :math:`\beta` of less than ``MIN_BETA`` in size counts as that much, with its sign, in all kernels: then token r writes
+division by 0, a :math:`\beta` of 0 counts as a tiny one (``_tokens.nonzero``) in all kernels: then token r writes
 next to nothing, and dR_r, proportional to it, still has all the bits of bfloat16.
 
 **Shared memory** in KiB with its vectors and rules (2, as references are aligned), and how many thread blocks of an SM it and the
@@ -73,12 +73,10 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _configs, _gpu
 from pallas_kernels._gpu import TILE, Config, plgpu
-
-MIN_BETA = 1e-6
-"""Smaller step sizes count as this: it changes a state by a millionth of what a write of size 1 does."""
+from pallas_kernels._gpu_inverse import unit_lower_inverse
+from pallas_kernels._tokens import nonzero
 
 _FAMILY = "delta_rule"
-_REFINEMENTS = {1: 2, 2: 3}  # of the inverse, by the terms of its operands
 
 
 def default_config(key_dim: int, value_dim: int) -> Config:
@@ -109,7 +107,7 @@ def forward(
         query: [B, T, G, K], float32 or bfloat16; G divides H, query/key head g serves value heads g*H/G .. (g+1)*H/G - 1.
         key: [B, T, G, K], of its dtype.
         value: [B, T, H, V], of its dtype.
-        beta: [B, T, H].
+        beta: [B, T, H] float32; finite at padding.
         log_decay: [B, T, H], at most 0 (-inf included), or None.
         state: [B, H, K, V], the state before the first token.
         document: [B, T] int32, the running document number of each token, -1 for padding; None if all is one document.
@@ -183,7 +181,7 @@ def backward(
     )
     dquery, dkey = (walk.sum_heads(x.array()).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
     steps, leaving, inside, lower = (sums[..., part.start : part.stop, :] for part in _sums(walk))
-    dbeta = walk.per_token(steps.sum(3)) / _step_sizes(beta)
+    dbeta = walk.per_token(steps.sum(3)) / nonzero(beta)
     if document is not None:
         dbeta = jnp.where(document[..., None] >= 0, dbeta, 0.0)
     dlog_decay = None
@@ -193,17 +191,9 @@ def backward(
     return dquery, dkey, dvalue.array()[:, : walk.time], dbeta, dlog_decay, dstate
 
 
-def _step_sizes(beta: jax.Array) -> jax.Array:
-    beta = beta.astype(jnp.float32)
-    return jnp.where(jnp.abs(beta) < MIN_BETA, jnp.copysign(MIN_BETA, beta), beta)
-
-
 def _small(walk: _gpu.Walk, beta, log_decay, document, boundary) -> tuple[jax.Array | None, jax.Array | None]:
     """Vectors [B, H, N, ., C], namely sums of gates, if there are any, and step sizes; and rules."""
-    steps = _step_sizes(beta)
-    if document is not None:
-        steps = jnp.where(document[..., None] < 0, 1.0, steps)
-    vectors = walk.vectors(walk.gates(log_decay, document), walk.per_head(walk.fill(steps)))
+    vectors = walk.vectors(walk.gates(log_decay, document), walk.per_head(walk.fill(nonzero(beta))))
     return vectors, walk.rules(document, boundary)
 
 
@@ -214,14 +204,7 @@ def _decays(walk: _gpu.Walk, vectors_g, rules_g, small, slot) -> tuple[_gpu.Deca
 
 
 def _prepare(walk: _gpu.Walk, key, vectors, rules) -> _gpu.Operand:
-    """M [B, H, N, C, C].
-
-    With X the inverse of the diagonal blocks of some size and F what I + L diag(beta) has in the lower left quarters of blocks of twice
-    that size, the inverse of these is X - X F X. No powers appear, which would grow without bound if keys are alike; but errors of
-    bfloat16 add up, to 8% at worst (nearly equal keys, beta = 2). Newton's X <- X + X (I - (I + L diag(beta)) X) squares them, if
-    operands of the bracket are split into two parts: to 0.25% and to 0.02%, which bfloat16 does not resolve. That takes 18 products;
-    to split the operands of all doublings would take 30 and be no better. For float32, a third step leaves what the bracket has lost.
-    """
+    """M [B, H, N, C, C], see ``_gpu_inverse``."""
     chunk = walk.chunk
 
     def body(key_g, vectors_g, rules_g, inverse_g, *, tiles, small):
@@ -236,42 +219,13 @@ def _prepare(walk: _gpu.Walk, key, vectors, rules) -> _gpu.Operand:
         decays, beta = _decays(walk, vectors_g, rules_g, small, 0)
         decays.clear_padding(k)
 
-        def split(tile, parts, count=2):
-            for i, term in enumerate(_gpu.split(tile, count)):
-                parts[i] = term
-
         tile = decays.pairs(walk.matmul(k, k.T), strict=True)
         tile *= _gpu.columns(_gpu.vector(beta, 0), tile.shape)
-        split(tile, lower)
-
-        def times(x, tile):
-            parts[0] = tile.astype(parts.dtype)
-            plgpu.commit_smem()
-            return walk.matmul(x.astype(parts.dtype), parts.at[0])
-
-        line, column = (
-            plgpu.broadcasted_iota(jnp.int32, tile.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
-        )
-
-        def double(i, x):
-            below = jnp.where(((line >> i) ^ (column >> i)) == 1, _gpu.load(lower.at[0]).astype(jnp.float32), 0.0)
-            return x - times(times(x, below), x)
-
-        def refine(_, x):
-            split(x, parts)
-            plgpu.commit_smem()
-            total = walk.matmul(lower.at[0], parts.at[0])
-            total = walk.matmul(lower.at[0], parts.at[1], total)
-            total = walk.matmul(lower.at[1], parts.at[0], total)
-            error = jnp.where(line == column, 1.0, 0.0) - x - total
-            return x + times(x, error)
-
-        start = jnp.where(line == column, 1.0, jnp.where((line ^ column) == 1, -tile, 0.0))
-        inverse = lax.fori_loop(1, 6, double, start)
-        inverse = lax.fori_loop(0, _REFINEMENTS[walk.terms], refine, inverse)
-        split(inverse, parts, walk.terms)
+        terms = parts.at[0], parts.at[1]
+        inverse = _gpu.Operand(terms[: walk.terms])
+        inverse[...] = unit_lower_inverse(walk, tile, (lower.at[0], lower.at[1]), terms)
         plgpu.commit_smem()
-        _gpu.send(_gpu.Operand(tuple(parts.at[i] for i in range(walk.terms))), inverse_g.at[row, head, n])
+        _gpu.send(inverse, inverse_g.at[row, head, n])
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 

@@ -64,10 +64,10 @@ from jax.experimental import pallas as pl
 from pallas_kernels import _gpu
 from pallas_kernels._gpu import TILE, Config, plgpu
 from pallas_kernels._gpu_channels import LEVELS, Pairs, as_float, split_gates
-from pallas_kernels.delta_rule.gpu import MIN_BETA
+from pallas_kernels._gpu_inverse import unit_lower_inverse
+from pallas_kernels._tokens import nonzero
 
 _FAMILY = "delta_rule_channels"
-_REFINEMENTS = 2  # of the inverse
 
 
 def forward(
@@ -128,23 +128,16 @@ def backward(
         walk, query, key, written, dout, dvalue, gates, *pairs, vectors, rules, states, dstates, scale=scale
     )
     dquery, dkey = (walk.sum_heads(x).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
-    dbeta, dlog_decay = walk.per_token(steps) / _step_sizes(beta), dlog_decay[:, : walk.time]
+    dbeta, dlog_decay = walk.per_token(steps) / nonzero(beta), dlog_decay[:, : walk.time]
     if document is not None:
         real = document[..., None] >= 0
         dbeta, dlog_decay = jnp.where(real, dbeta, 0.0), jnp.where(real[..., None], dlog_decay, 0.0)
     return dquery, dkey, dvalue[:, : walk.time], dbeta, dlog_decay, dstate
 
 
-def _step_sizes(beta: jax.Array) -> jax.Array:
-    beta = beta.astype(jnp.float32)
-    return jnp.where(jnp.abs(beta) < MIN_BETA, jnp.copysign(MIN_BETA, beta), beta)
-
-
 def _small(walk: _gpu.Walk, beta, log_decay, document) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Gates as of ``split_gates``; step sizes and, after them, decays of whole chunks [B, H, N, 1, C + K]."""
-    steps = _step_sizes(beta)
-    if document is not None:
-        steps = jnp.where(document[..., None] < 0, 1.0, steps)
+    steps = nonzero(beta)
     gates, across = split_gates(walk, log_decay, document)
     return gates, jnp.concatenate([walk.per_head(walk.fill(steps))[:, :, :, None], across], -1)
 
@@ -217,7 +210,7 @@ def _prepare(walk: _gpu.Walk, query, key, gates, vectors, rules, *, scale, inver
             free += [] if tiles["spare"] is None else [tiles["spare"]]
             lower = jnp.where(pairs.lower, overlaps[0], 0.0)
             lower *= _gpu.columns(_gpu.vector(_steps(small, 0), 0), lower.shape)
-            inverse = _inverse(walk, lower, free[:2], free[2:4])
+            inverse = unit_lower_inverse(walk, lower, tuple(free[:2]), tuple(free[2:4]))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             weights[...] = inverse.astype(weights.dtype)
             plgpu.commit_smem()
@@ -247,45 +240,6 @@ def _prepare(walk: _gpu.Walk, query, key, gates, vectors, rules, *, scale, inver
         blocks=walk.count,
     )
     return tuple(chunks), inverse
-
-
-def _inverse(walk: _gpu.Walk, tile, lower, parts):
-    """Inverse of I + tile, which is strictly lower triangular, as ``gpu._prepare`` makes it.
-
-    Args:
-        walk: sizes.
-        tile: [C, C].
-        lower: references to shared memory [C, C] for its two parts in bfloat16.
-        parts: as many, for those of other operands.
-    """
-
-    def split(tile, parts):
-        parts[0][...] = tile.astype(jnp.bfloat16)
-        parts[1][...] = (tile - tile.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)
-
-    def times(x, tile):
-        parts[0][...] = tile.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        return walk.matmul(x.astype(jnp.bfloat16), parts[0])
-
-    line, column = (plgpu.broadcasted_iota(jnp.int32, tile.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
-
-    def double(i, x):
-        below = jnp.where(((line >> i) ^ (column >> i)) == 1, as_float(lower[0]), 0.0)
-        return x - times(times(x, below), x)
-
-    def refine(_, x):
-        split(x, parts)
-        plgpu.commit_smem()
-        total = walk.matmul(lower[0], parts[0])
-        total = walk.matmul(lower[0], parts[1], total)
-        total = walk.matmul(lower[1], parts[0], total)
-        error = jnp.where(line == column, 1.0, 0.0) - x - total
-        return x + times(x, error)
-
-    split(tile, lower)
-    start = jnp.where(line == column, 1.0, jnp.where((line ^ column) == 1, -tile, 0.0))
-    return lax.fori_loop(0, _REFINEMENTS, refine, lax.fori_loop(1, LEVELS, double, start))
 
 
 def _read(walk: _gpu.Walk, chunks, value, inverse, state, vectors, rules, *, save: bool, stages: int):

@@ -6,7 +6,6 @@ before this one, which turns query, key and decays into what it reads; it runs a
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +55,8 @@ def linear_attention(
     if (reason := refusal(query, key, value, log_decay)) is not None:
         raise NotImplementedError(f"linear_attention: the kernel {reason}")
     cut = _matrix.parts("linear_attention", query, value, log_decay, parts, fewest=2)
-    if cut is None:
-        return _whole_rows(query, key, value, log_decay, initial_state, kind, scale=scale)
-    kinds = cut.kinds(kind, query.shape[0])
-    states = _states_before(cut, key, value, log_decay, initial_state, kinds)
-    rows = [None if x is None else cut.rows(x) for x in (query, key, value, log_decay)]
-    kind = None if kinds is None else _split.merge(kinds)
-    output, final = _whole_rows(*rows, _split.merge(states), kind, scale=scale)
-    return cut.join(output), cut.last(final)
+    whole_rows = functools.partial(_whole_rows, scale=scale)
+    return _split.walked(cut, whole_rows, _states_before, (query, key, value, log_decay), initial_state, kind)
 
 
 def _whole_rows(query, key, value, log_decay, state, kind, *, scale: float) -> tuple[jax.Array, jax.Array]:
@@ -78,7 +71,7 @@ def _whole_rows(query, key, value, log_decay, state, kind, *, scale: float) -> t
     return heads.output(output.reshape(value.shape)), heads.state(final)
 
 
-def _states_before(cut: _split.Parts, key, value, log_decay, state, kinds) -> jax.Array:
+def _states_before(cut: _split.Parts, query, key, value, log_decay, state, kinds) -> jax.Array:
     """States before all parts [B, P, H, K, V]. A part writes the sum of its k v^T, each with the decay from there to the part's end."""
     kinds = None if kinds is None else kinds[:, :-1]
     k, v = (_split.real(cut.cut(x)[:, :-1], kinds) for x in (key, value))
@@ -122,7 +115,7 @@ def _attention(query, key, value, log_decay, state, kind, call: Static):
 def _run(query, key, value, log_decay, state, kind, call: Static, *, save: bool):
     state = state.astype(jnp.float32)
     if call.target.platform == "gpu":
-        decays, module = GpuDecays(call, log_decay, kind), _gpu_module(log_decay)
+        decays, module = GpuDecays(call, log_decay, kind), _matrix.gpu_module("linear_attention", log_decay)
         tokens = decays.heads(query, key, value)
         with decays.interpreter():
             output, final, states = module.forward(
@@ -144,7 +137,7 @@ def _backward(call, residuals, cotangents):
     query, key, value, log_decay, kind, states = residuals
     dout, dfinal = cotangents
     if call.target.platform == "gpu":
-        decays, module = GpuDecays(call, log_decay, kind), _gpu_module(log_decay)
+        decays, module = GpuDecays(call, log_decay, kind), _matrix.gpu_module("linear_attention", log_decay)
         tokens = decays.heads(query, key, value)
         with decays.interpreter():
             *gradients, dlog_decay, dstate = module.backward(
@@ -167,9 +160,3 @@ def _backward(call, residuals, cotangents):
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _gpu_module(log_decay: jax.Array | None) -> Any:
-    from pallas_kernels.linear_attention import gpu, gpu_channels
-
-    return gpu_channels if _matrix.per_channel(log_decay) else gpu

@@ -59,16 +59,11 @@ def linear_recurrence(
         raise NotImplementedError(f"linear_recurrence: the kernel {reason}")
     batch, time, channels = x.shape
     cut = _split.parts(time, _PART, batch * -(-channels // _BLOCK), parts)
-    if cut is None:
-        return _whole_rows(gate, x, initial_state, kind, log)
-    kinds = cut.kinds(kind, batch)
-    states = _states_before(cut, gate, x, initial_state, kinds, log)
-    kind = None if kinds is None else _split.merge(kinds)
-    h, final = _whole_rows(cut.rows(gate), cut.rows(x), _split.merge(states), kind, log)
-    return cut.join(h), cut.last(final)
+    whole_rows, between = functools.partial(_whole_rows, log=log), functools.partial(_states_before, log=log)
+    return _split.walked(cut, whole_rows, between, (gate, x), initial_state, kind)
 
 
-def _whole_rows(gate, x, state, kind, log: bool) -> tuple[jax.Array, jax.Array]:
+def _whole_rows(gate, x, state, kind, *, log: bool) -> tuple[jax.Array, jax.Array]:
     """As ``linear_recurrence``."""
     here, channels = _target.target(), x.shape[-1]
     extra = -channels % _GPU_CHANNELS if here.platform == "gpu" else 0
@@ -78,7 +73,7 @@ def _whole_rows(gate, x, state, kind, log: bool) -> tuple[jax.Array, jax.Array]:
     return _join(h, x.dtype)[..., :channels], _join(final, state.dtype)[..., :channels]
 
 
-def _states_before(cut: _split.Parts, gate, x, state, kinds, log: bool) -> jax.Array:
+def _states_before(cut: _split.Parts, gate, x, state, kinds, *, log: bool) -> jax.Array:
     """States before all parts [B, P, D]. A part writes the sum of its x, each times the decays from there to the part's end."""
     kinds = None if kinds is None else kinds[:, :-1]
     x = _split.real(cut.cut(x)[:, :-1], kinds).astype(state.dtype)

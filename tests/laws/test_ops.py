@@ -91,7 +91,7 @@ def test_the_fast_form_and_all_its_gradients_equal_the_definition(spec, time):
 
 
 @every_op
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 def test_each_part_of_the_result_passes_its_gradient(spec, implementation, packed):
     segment_ids = jnp.asarray(PACKED_IDS) if packed else None

@@ -47,7 +47,15 @@ def single(config):
     return sharded, jax.device_get(state), losses
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((8, 1, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 8, 1, 1), marks=pytest.mark.slow),
+        (2, 2, 2, 1),  # every axis is in these two
+        (1, 2, 2, 2),
+    ],
+)
 def test_every_mesh_gives_the_losses_of_one_device(config, single, sizes):
     _, expected, expected_losses = single
     sharded = program(config, MeshConfig(*sizes))
