@@ -97,14 +97,11 @@ def refusal(
     """
     if (reason := _target.refusal()) is not None:
         return reason
-    channels = per_channel(log_decay)
     if _target.target().platform == "gpu":
         from pallas_kernels import _gpu
 
         if (reason := _gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype))) is not None:
             return reason
-        if channels and kernel == "delta_rule" and value.dtype != jnp.bfloat16:
-            return f"for GPUs takes one decay per channel with bfloat16 query, key and value only; got {value.dtype}"
         if blocks(query, value, widest=widest) is None:
             return f"for GPUs takes K of at most {widest} here; got {query.shape[3]}"
         return None
@@ -112,7 +109,7 @@ def refusal(
         return f"takes query, key and value of one dtype, float32 or bfloat16; got {query.dtype}, {key.dtype}, {value.dtype}"
     if query.size == 0 or value.size == 0:
         return f"takes no empty arrays; got query {query.shape}, value {value.shape}"
-    if tpu_config(kernel, static(query, value, 1.0), channels) is None:
+    if tpu_config(kernel, static(query, value, 1.0), per_channel(log_decay)) is None:
         (groups, key_dim), (heads, value_dim) = query.shape[2:], value.shape[2:]
         return f"needs heads whose lanes make multiples of 128; got H={heads}, G={groups}, K={key_dim}, V={value_dim}"
     return None

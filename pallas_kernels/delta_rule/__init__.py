@@ -83,14 +83,12 @@ def _states_before(cut: _split.Parts, query, key, value, beta, log_decay, state,
     size = cut.count - 1
 
     def walk(value, state):
-        rows = (_split.merge(cut.cut(x)[:, :-1]) for x in (key, value, beta))
-        decays = None if log_decay is None else _split.merge(cut.cut(log_decay)[:, :-1])
+        tokens = (key, key, value, beta, log_decay)
+        rows = [None if x is None else _split.merge(cut.cut(x)[:, :-1]) for x in tokens]
         kind = None if kinds is None else _split.merge(kinds[:, :-1])
-        k, v, b = rows
-        final = _whole_rows(k, k, v, b, decays, jnp.broadcast_to(state, (batch * size, *state.shape)), kind, scale=1.0)[
-            1
-        ]
-        return final.reshape(batch, size, *state.shape)
+        state = jnp.broadcast_to(state, (batch * size, *state.shape))
+        _, final = _whole_rows(*rows, state, kind, scale=1.0)
+        return final.reshape(batch, size, *final.shape[1:])
 
     across = walk(
         jnp.zeros((*value.shape[:3], key_dim), value.dtype),
@@ -103,7 +101,12 @@ def _states_before(cut: _split.Parts, query, key, value, beta, log_decay, state,
 
 def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array | None) -> str | None:
     """Why there is no kernel for this call where it is traced, or None."""
-    return _matrix.refusal("delta_rule", query, key, value, log_decay, widest=_widest(value, log_decay))
+    reason = _matrix.refusal("delta_rule", query, key, value, log_decay, widest=_widest(value, log_decay))
+    if reason is not None:
+        return reason
+    if _target.target().platform == "gpu" and _matrix.per_channel(log_decay) and value.dtype != jnp.bfloat16:
+        return f"for GPUs takes one decay per channel with bfloat16 query, key and value only; got {value.dtype}"
+    return None
 
 
 def _widest(value: jax.Array, log_decay: jax.Array | None) -> int:
