@@ -13,6 +13,7 @@ from jax import lax
 
 from pallas_kernels import _matrix, _split, _target
 from pallas_kernels._matrix import GpuDecays, Static, TpuDecays, flat
+from pallas_kernels._remat import keep
 from pallas_kernels._tokens import ORDINARY, PADDING, START
 
 __all__ = ["MEASURED", "ORDINARY", "PADDING", "START", "is_preferred", "linear_attention", "refusal"]
@@ -129,7 +130,7 @@ def _run(query, key, value, log_decay, state, kind, call: Static, *, save: bool)
 
 
 def _forward(query, key, value, log_decay, state, kind, call):
-    output, final, states = _run(query, key, value, log_decay, state, kind, call, save=True)
+    output, final, states = keep(_run(query, key, value, log_decay, state, kind, call, save=True))
     return (output, final), (query, key, value, log_decay, kind, states)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _split, _target
+from pallas_kernels._remat import keep
 from pallas_kernels._target import Target
 from pallas_kernels._tokens import ORDINARY, PADDING, START
 
@@ -131,7 +132,7 @@ def _recurrence(gate: Planes, x: Planes, state: Planes, kind, log: bool, here: T
 
 
 def _forward(gate, x, state, kind, log, here):
-    h, final = _recurrence(gate, x, state, kind, log, here)
+    h, final = keep(_call(here, "forward", gate, x, state, kind, log=log))
     return (h, final), (gate, h, state, kind)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _target
+from pallas_kernels._remat import keep
 from pallas_kernels._target import Target
 from pallas_kernels._tokens import ORDINARY, PADDING, START
 
@@ -114,7 +115,7 @@ def _scan(x, delta, A, B, C, state, kind, here: Target) -> tuple[jax.Array, jax.
 
 
 def _forward(x, delta, A, B, C, state, kind, here):
-    y, final, starts = _call(here, "forward", x, delta, A, B, C, state, kind, emit=True)
+    y, final, starts = keep(_call(here, "forward", x, delta, A, B, C, state, kind, emit=True))
     return (y, final), (x, delta, A, B, C, starts, kind)
 
 

@@ -58,6 +58,12 @@ class AttentionConfig:
         size = self.head_size(dim)
         return 2 * dim * size * (self.num_heads + self.kv_heads) + (2 * size if self.qk_norm else 0)
 
+    def mixing_flops(self, dim: int, time: int) -> float:
+        """4 K per query head and visible key: scores and weighted values, averaged over a row of ``time`` tokens."""
+        window = min(self.context, time)
+        visible = window - window * (window - 1) / (2 * time)
+        return 4 * self.num_heads * self.head_size(dim) * visible
+
 
 class AttentionState(NamedTuple):
     """Ring of the last S tokens of the current document; token p of the document lies in slot p mod S."""

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from seqjax import ops
 from seqjax.layers.convolution import ShortConvolution
+from seqjax.layers.flops import delta_rule_flops
 from seqjax.layers.linear import Linear
 from seqjax.layers.mixer import mask_padding
 from seqjax.layers.norm import RMSNorm, l2_normalize
@@ -46,6 +47,11 @@ class DeltaNetConfig:
         key, value = self.features(dim)
         projections = dim * (2 * key + (3 if self.output_gate else 2) * value + self.num_heads)
         return projections + self.conv_width * (2 * key + value) + value // self.num_heads
+
+    def mixing_flops(self, dim: int, time: int) -> float:
+        """Operations of the recurrence (`seqjax.layers.flops`)."""
+        key, value = self.features(dim)
+        return delta_rule_flops(self.num_heads, key / self.num_heads, value / self.num_heads)
 
 
 class DeltaNetState(NamedTuple):

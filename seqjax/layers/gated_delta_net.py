@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from seqjax import ops
 from seqjax.layers.convolution import ShortConvolution
+from seqjax.layers.flops import delta_rule_flops
 from seqjax.layers.gates import log_uniform_rate, softplus_step_bias
 from seqjax.layers.linear import Linear, parameter
 from seqjax.layers.mixer import mask_padding
@@ -53,6 +54,10 @@ class GatedDeltaNetConfig:
         key, value, heads = self.num_heads * self.head_dim, self.value_heads * self.value_dim, self.value_heads
         convolutions = self.conv_width * (2 * key + value)
         return dim * (2 * key + 3 * value + 2 * heads) + convolutions + 2 * heads + self.value_dim
+
+    def mixing_flops(self, dim: int, time: int) -> float:
+        """Operations of the recurrence (`seqjax.layers.flops`)."""
+        return delta_rule_flops(self.value_heads, self.head_dim, self.value_dim)
 
 
 class GatedDeltaNetState(NamedTuple):

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from seqjax import ops
+from seqjax.layers.flops import linear_attention_flops
 from seqjax.layers.linear import Linear
 from seqjax.layers.mixer import mask_padding
 from seqjax.layers.norm import RMSNorm
@@ -43,6 +44,11 @@ class GatedLinearAttentionConfig:
         key, value = self.features(dim)
         forget = self.gate_rank * (dim + key) + key
         return dim * (2 * key + 3 * value) + forget + value // self.num_heads
+
+    def mixing_flops(self, dim: int, time: int) -> float:
+        """Operations of the recurrence (`seqjax.layers.flops`)."""
+        key, value = self.features(dim)
+        return linear_attention_flops(self.num_heads, key / self.num_heads, value / self.num_heads)
 
 
 class GatedLinearAttentionState(NamedTuple):

@@ -50,6 +50,10 @@ class MambaConfig:
         selection = inner * (rank + 2 * self.state_size) + rank * inner + inner
         return 3 * dim * inner + convolution + selection + inner * self.state_size + inner
 
+    def mixing_flops(self, dim: int, time: int) -> float:
+        """None: the states are updated and read element by element."""
+        return 0.0
+
 
 class MambaState(NamedTuple):
     """State of :class:`Mamba`, all float32."""

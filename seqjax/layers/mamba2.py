@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from seqjax import ops
 from seqjax.layers.convolution import ShortConvolution
+from seqjax.layers.flops import linear_attention_flops
 from seqjax.layers.gates import log_uniform_rate, softplus_step_bias
 from seqjax.layers.linear import Linear, parameter
 from seqjax.layers.mixer import mask_padding
@@ -53,6 +54,10 @@ class Mamba2Config:
         inner, select = self.inner_dim(dim), 2 * self.num_groups * self.state_size
         heads = inner // self.head_dim
         return dim * (3 * inner + select + heads) + (inner + select) * (self.conv_width + 1) + 3 * heads + inner
+
+    def mixing_flops(self, dim: int, time: int) -> float:
+        """Operations of the recurrence (`seqjax.layers.flops`)."""
+        return linear_attention_flops(self.inner_dim(dim) // self.head_dim, self.state_size, self.head_dim)
 
 
 class Mamba2State(NamedTuple):

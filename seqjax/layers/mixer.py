@@ -7,7 +7,7 @@ A mixer is a Flax module ``Mixer(dim, config, *, rngs, dtype, param_dtype)``. Ca
 - Splitting a sequence anywhere and carrying the state gives the same outputs and the same final state.
 - A change of segment id resets every part of the state; id 0 is padding, which acts as if absent and whose output is 0.
 - ``mixer.output`` is the :class:`~seqjax.layers.linear.Linear` that writes to the residual stream.
-- The config is a frozen dataclass with a method ``parameter_count(dim)``.
+- The config is a frozen dataclass with the methods ``parameter_count(dim)`` and ``mixing_flops(dim, time)``.
 """
 
 from typing import Any, Protocol, TypeVar
@@ -25,6 +25,10 @@ class MixerConfig(Protocol):
 
     def parameter_count(self, dim: int) -> int:
         """Number of parameters of the mixer at width ``dim``."""
+        ...
+
+    def mixing_flops(self, dim: int, time: int) -> float:
+        """Forward operations per token in matrix products that involve no parameters, in rows of ``time`` tokens."""
         ...
 
 

@@ -46,6 +46,10 @@ class RGLRUConfig:
         gates = 2 * (width * width // self.num_heads + width)
         return 3 * dim * width + width * (self.conv_width + 1) + gates + width
 
+    def mixing_flops(self, dim: int, time: int) -> float:
+        """None: the state is updated and read element by element."""
+        return 0.0
+
 
 class RGLRUState(NamedTuple):
     """State of :class:`RGLRU`."""

@@ -1,6 +1,6 @@
 """Networks and presets."""
 
-from seqjax.models.config import LanguageModelConfig, from_json, parameter_count, to_json
+from seqjax.models.config import LanguageModelConfig, flops_per_token, from_json, parameter_count, to_json
 from seqjax.models.language_model import LanguageModel, LanguageModelState
 from seqjax.models.presets import PRESETS, preset
 
@@ -10,6 +10,7 @@ __all__ = [
     "LanguageModelConfig",
     "LanguageModelState",
     "from_json",
+    "flops_per_token",
     "parameter_count",
     "preset",
     "to_json",

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._remat import RECURRENCE
 from seqjax.layers import MIXERS, Block, Embedding, Linear, RMSNorm
 from seqjax.layers.linear import normal
 from seqjax.models.config import LanguageModelConfig
@@ -15,7 +16,10 @@ from seqjax.models.config import LanguageModelConfig
 _MIXER_CLASSES = {config_class: mixer_class for mixer_class, config_class in MIXERS.values()}
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RECURRENCE),
+    ),
 }
 
 

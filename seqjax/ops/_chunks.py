@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._remat import keep
 from seqjax.ops._dispatch import check_segment_ids, check_shapes
 from seqjax.ops._segments import Segments, segment_info
 
@@ -379,7 +380,8 @@ def scan_chunks(
         numbers = Documents(token.reshape(lead + (chunk_size,)), carried.reshape(lead))
     inputs = Chunks(tuple(None if x is None else layout(x) for x in tokens), numbers)
     start = jnp.squeeze(split_heads(state, groups, axis=1), unit)
-    final, output = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, inputs)
+    again = jax.checkpoint(body, prevent_cse=False)
+    final, output = jax.lax.scan(lambda state, chunks: keep(again(keep(state), chunks)), start, inputs)
     output = jnp.moveaxis(
         jnp.expand_dims(output, [2 + axis for axis in unit]), range(6), (1, 2, 0, 4, 5, 3)
     )  # [B, N, M, C, G, R, V]

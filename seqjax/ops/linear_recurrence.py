@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
 from pallas_kernels import linear_recurrence as kernel
+from pallas_kernels._remat import keep
 from seqjax.ops._dispatch import (
     check_chunk_size,
     check_floating,
@@ -213,7 +214,8 @@ def _chunks_forward(a, x, initial_state):
         return h, jax.lax.dynamic_update_index_in_dim(output, h, i, axis=2)
 
     last, h = jax.lax.fori_loop(0, chunk, step, (chunk_start, jnp.zeros_like(x)))
-    return (h, last[:, -1]), _Residuals(a, h, chunk_start, chunk_decay)
+    h, final, chunk_start, chunk_decay = keep((h, last[:, -1], chunk_start, chunk_decay))
+    return (h, final), _Residuals(a, h, chunk_start, chunk_decay)
 
 
 def _scan_chunks(decay: Array, added: Array, initial: Array, *, reverse: bool = False) -> Array:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import selective_scan as kernel
+from pallas_kernels._remat import keep
 from seqjax.ops._dispatch import (
     check_chunk_size,
     check_floating,
@@ -217,7 +218,7 @@ def _scan_forward(chunk, x, delta, rates, B, C, start, state):
         return last, (h, _einsum("cbnd,cbn->cbd", states, tokens[3]))
 
     tokens = jax.tree.map(lambda array: _split(array, chunk), (x, delta, B, C, start))
-    last, (chunk_start, y) = jax.lax.scan(one_chunk, state, tokens)
+    last, (chunk_start, y) = keep(jax.lax.scan(one_chunk, state, tokens))
     return (_merge(y, state.dtype), last), _Residuals((x, delta, rates, B, C, start), chunk_start)
 
 

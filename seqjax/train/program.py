@@ -1,6 +1,5 @@
 """The device side of a run: mesh, shardings, and the compiled initialisation, train step and evaluation step."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from seqjax.models import flops_per_token
 from seqjax.ops import prefer
 from seqjax.tasks import Task, batch_axes
 from seqjax.train import parameters, sharding
@@ -41,9 +41,11 @@ class Program:
         devices: list[jax.Device] | None = None,
     ):
         self.mesh = sharding.make_mesh(config.mesh, devices)
-        self._kernels = config.kernels
-        self.structure = parameters.structure(build)
         rows, *time_axis = next(iter(batch.values())).shape
+        self._kernels = config.kernels
+        self.flops_per_token = flops_per_token(config.model, time_axis[0] if time_axis else 1)
+        """Operations per token of a step (`seqjax.models.flops_per_token`)."""
+        self.structure = parameters.structure(build)
         sharding.check_batch(self.mesh, rows, time_axis[0] if time_axis else 1, config.gradient_accumulation)
         self._task = task
         schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
@@ -173,9 +175,3 @@ class Program:
             total += memory.output_size_in_bytes - memory.alias_size_in_bytes
             text = f", {total / 2**20:,.0f} MiB per device"
         return f"{self.mesh.size} x {device.device_kind} ({mesh}){text}, step compiled in {self.compile_seconds:.1f} s"
-
-    @property
-    def flops_per_token(self) -> float:
-        """6 FLOPs per token and matrix parameter (forward 2, backward 4); attention scores and states not counted."""
-        shapes = self.structure.shapes.values()
-        return 6.0 * sum(math.prod(shape.shape) for shape in shapes if len(shape.shape) >= 2)

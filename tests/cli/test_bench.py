@@ -17,6 +17,7 @@ from jax.lax import stop_gradient
 from seqjax import models, ops
 from seqjax.cli import main
 from seqjax.cli.bench import decode, kernel_cases, kernels, measure
+from seqjax.cli.bench import models as model_suite
 from seqjax.cli.bench import train as train_suite
 from seqjax.cli.bench.ops import worst
 from seqjax.cli.bench.report import Goal, Report, columns, plain
@@ -331,3 +332,39 @@ def test_a_wrong_kernel_is_not_timed_and_misses_a_goal(tmp_path, monkeypatch):
             assert any(goal["name"].startswith("exponent") for goal in result["goals"])
         else:
             assert code == 1 and "wrong" in result["rows"][0]["not timed"]["pallas"]
+
+
+TINY_MODELS = (
+    *("models", "--presets", "gated-deltanet-tiny", "--baseline", "transformer-tiny", "--dtype", "float32"),
+    *("--tokens", "64", "--lengths", "32", "--repeats", "1"),
+)
+
+
+def test_models_times_training_steps_and_says_what_is_missing(tmp_path):
+    code, result = bench(tmp_path, *TINY_MODELS)
+    assert code == 0 and result is not None
+    check_envelope(result, "models")
+    rows = {row["form"]: row for row in result["rows"]}
+    assert list(rows) == ["pallas", "xla", "fla", "attention"]
+    assert "no kernel runs" in rows["pallas"]["not timed"] and "for GPUs" in rows["fla"]["not timed"]
+    assert rows["xla"]["parameters"] == models.parameter_count(models.preset("gated-deltanet-tiny"))
+    assert rows["xla"]["tokens/s"] == pytest.approx(64 / rows["xla"]["ms"] * 1e3, rel=1e-3)
+    assert rows["xla"]["tokens/s over attention"] == pytest.approx(
+        rows["attention"]["ms"] / rows["xla"]["ms"], rel=1e-3
+    )
+
+
+def test_models_refuses_forms_that_train_something_else(tmp_path, monkeypatch, capsys):
+    right = model_suite.ours
+
+    def wrong(made, tokens):
+        candidate = right(made, tokens)
+        calls.append(candidate)
+        return dataclasses.replace(candidate, loss=candidate.loss + 0.1 * (len(calls) == 2))
+
+    calls = []
+    monkeypatch.setattr(model_suite, "ours", wrong)
+    monkeypatch.setattr(model_suite, "kernels_in", lambda compiled: 1)
+    code, result = bench(tmp_path, *TINY_MODELS)
+    assert code == 1 and result is None
+    assert "first losses" in capsys.readouterr().err

@@ -21,6 +21,9 @@ from pallas_kernels import linear_attention as linear_attention_kernel
 from pallas_kernels import linear_recurrence as linear_recurrence_kernel
 from pallas_kernels import selective_scan as selective_scan_kernel
 from pallas_kernels._blocks import Blocks
+from pallas_kernels._remat import RECURRENCE
+from seqjax.cli.bench import kernel_cases
+from seqjax.cli.bench.kernel_cases import kernels
 from seqjax.ops import delta_rule, linear_attention, selective_scan
 from seqjax.ops._segments import segment_info, token_kinds
 from tests.laws import harness, specs_matrix
@@ -155,6 +158,44 @@ def test_vmap_and_remat_change_nothing(spec):
         together = jax.jit(jax.vmap(jax.grad(loss)))(stacked)
     separate = [harness.oracle_gradients(spec, each, weights, ids)[1] for each in (inputs, other)]
     assert_close_rms(together, jax.tree.map(lambda *a: np.stack(a), *separate), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_what_a_forward_pass_keeps_is_not_computed_again(spec):
+    inputs = inputs_of(spec)
+    weights = jax.eval_shape(lambda inputs: spec.call(inputs, implementation="xla"), inputs)
+    weights = jax.tree.map(jnp.ones_like, weights)
+
+    def loss(inputs):
+        return harness.weighted_sum(spec.call(inputs, implementation="pallas"), weights)
+
+    def calls(policy):
+        with pallas_kernels.interpreted("tpu"):
+            return len(kernels(jax.value_and_grad(jax.checkpoint(loss, policy=policy)), inputs))
+
+    policies = jax.checkpoint_policies
+    kept = policies.save_from_both_policies(policies.save_only_these_names(RECURRENCE), policies.dots_saveable)
+    everything, nothing = policies.everything_saveable, policies.nothing_saveable
+    assert 2 <= calls(kept) == calls(everything) < calls(nothing)
+
+
+@pytest.mark.parametrize("platform", ["tpu", pytest.param("gpu", marks=NEW_JAX)])
+@pytest.mark.parametrize("case", kernel_cases.CASES, ids=lambda case: case.name)
+def test_what_is_kept_is_inputs_outputs_and_states_of_chunks(case, platform):
+    dim, chunk = 128, 64
+    elementwise = "complex" in case.name or "real" in case.name
+    sizes = kernel_cases.Sizes(8, 16, dim, "float32" if "complex" in case.name else "bfloat16")
+
+    def kept(time):
+        inputs, results = kernel_cases.shapes(case, sizes, time)
+        with pallas_kernels.interpreted(platform):
+            arrays = jax.eval_shape(lambda x: jax.vjp(kernel_cases.forward(case, "pallas"), x)[1], inputs)
+        sums = [sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(x)) for x in (arrays, inputs, results[0])]
+        return sums[0] - sums[1] - sums[2]
+
+    # What a chunk more costs, per head, besides its tokens: a state, and a matrix of pairs of tokens; and two float32 numbers per token.
+    cost = (kept(4096) - kept(2048)) / (2048 / chunk) / (8 * 16)
+    assert cost <= (0 if elementwise else 4 * dim * dim + 4 * chunk * chunk) + 8 * chunk
 
 
 @every(long=True)
@@ -414,12 +455,7 @@ GPU_RATIO = {"float32": 1e-4, "bfloat16": TOLERANCE["bfloat16"]}
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize(
     ("spec", "dtype"),
-    [
-        pytest.param(spec, dtype, id=f"{spec}-{dtype}")
-        for spec in GPU_MATRIX
-        for dtype in GPU_RATIO
-        if (spec.name, dtype) != ("delta_rule_channel_decay", "float32")
-    ],
+    [pytest.param(spec, dtype, id=f"{spec}-{dtype}") for spec in GPU_MATRIX for dtype in GPU_RATIO],
 )
 def test_matrix_states_on_gpu(spec, dtype, packed):
     inputs = matrix_inputs_for_gpu(spec, dtype)
@@ -448,6 +484,8 @@ def test_matrix_states_on_gpu(spec, dtype, packed):
         ("delta_rule_scalar_decay_grouped", "float32", 128),
         ("linear_attention_scalar_decay_grouped", "bfloat16", 96),
         ("delta_rule_scalar_decay_grouped", "bfloat16", 256),
+        ("delta_rule_channel_decay", "float32", 128),
+        ("delta_rule_channel_decay", "bfloat16", 192),
     ],
 )
 def test_heads_that_are_cut_or_filled_up_on_gpu(name, dtype, width):
@@ -460,12 +498,12 @@ def test_heads_that_are_cut_or_filled_up_on_gpu(name, dtype, width):
 
 
 @NEW_JAX
-def test_gpu_kernels_refuse_what_they_have_no_precision_for():
+def test_gpu_kernels_refuse_what_they_have_no_memory_or_precision_for():
     spec = next(spec for spec in SPECS if spec.name == "delta_rule_channel_decay")
     inputs = matrix_inputs_for_gpu(spec, "float32")
     with pallas_kernels.interpreted("gpu"):
-        with pytest.raises(NotImplementedError, match="one decay per channel with bfloat16 query, key and value only"):
-            spec.call(inputs, implementation="pallas")
+        with pytest.raises(NotImplementedError, match="for GPUs takes K of at most 128 here; got 192"):
+            spec.call(matrix_inputs_for_gpu(spec, "float32", 192), implementation="pallas")
         with pytest.raises(NotImplementedError, match="one dtype, float32 or bfloat16; got float32, bfloat16, float32"):
             spec.call(inputs | {"key": inputs["key"].astype(jnp.bfloat16)}, implementation="pallas")
 
@@ -477,6 +515,7 @@ def test_gpu_kernels_refuse_what_they_have_no_precision_for():
         ("delta_rule_scalar_decay_grouped", "bfloat16"),
         ("delta_rule_scalar_decay_grouped", "float32"),
         pytest.param("delta_rule_channel_decay", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("delta_rule_channel_decay", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_nearly_equal_keys_on_gpu(name, dtype):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 
 import jax
@@ -11,7 +12,16 @@ import pytest
 from flax import nnx
 
 from seqjax.layers import AttentionConfig, MambaConfig, RGLRUConfig
-from seqjax.models import PRESETS, LanguageModel, LanguageModelConfig, from_json, parameter_count, preset, to_json
+from seqjax.models import (
+    PRESETS,
+    LanguageModel,
+    LanguageModelConfig,
+    flops_per_token,
+    from_json,
+    parameter_count,
+    preset,
+    to_json,
+)
 from seqjax.train.parameters import flatten, structure
 from tests.laws.harness import assert_close_rms
 
@@ -120,6 +130,23 @@ def test_remat_keeps_one_residual_vector_per_block(tokens):
     assert temporary_bytes("full") < 0.5 * temporary_bytes("none")
 
 
+@pytest.mark.parametrize("name", ["mamba-tiny", "griffin-tiny", "transformer-tiny"])
+def test_remat_repeats_neither_products_with_weights_nor_recurrences(name):
+    tokens = jnp.zeros((2, 64), jnp.int32)
+
+    def count(remat):
+        config = preset(name, remat=remat, scan_layers=False, num_layers=1)
+        shape = structure(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+        text = jax.jit(jax.grad(lambda p: jnp.sum(shape.merge(p)(tokens)[0] ** 2))).lower(shape.shapes).as_text()
+        products = re.findall(r"stablehlo.dot_general .*?contracting_dims", text)
+        return sum("batching_dims" not in line for line in products), text.count("stablehlo.while")
+
+    none, dots, full = map(count, ("none", "dots", "full"))
+    assert none[0] == dots[0] < full[0]
+    if name != "transformer-tiny":  # its loops are those of attention, which is computed again
+        assert none[1] == dots[1] < full[1]
+
+
 def test_untied_head_soft_cap_and_embedding_scale(tokens):
     config = dataclasses.replace(
         CONFIG,
@@ -214,6 +241,23 @@ def test_preset_counts_match_the_formula_and_each_other(name):
     target = {"tiny": 0.85e6, "150m": 150e6, "300m": 300e6, "1.3b": 1.3e9}[size]
     assert abs(count / target - 1) < 0.05
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_flops_count_parameters_and_mixing():
+    attention = preset("transformer-tiny")
+    heads, size = attention.pattern[0].num_heads, attention.dim // attention.pattern[0].num_heads
+    visible = sum(range(1, 101)) / 100  # token t sees t + 1 keys
+    expected = 6 * parameter_count(attention) + 3 * attention.num_layers * 4 * heads * size * visible
+    assert flops_per_token(attention, 100) == pytest.approx(expected)
+    windowed = dataclasses.replace(attention.pattern[0], window=30)
+    visible = sum(min(t + 1, 30) for t in range(100)) / 100
+    assert windowed.mixing_flops(128, 100) == pytest.approx(4 * 128 * visible)
+    # Fixed states: what a token costs does not depend on the length of its row.
+    for name in ("mamba2-tiny", "gated-deltanet-tiny", "deltanet-tiny", "gla-tiny"):
+        count = 6 * parameter_count(PRESETS[name])
+        assert flops_per_token(PRESETS[name], 100) == flops_per_token(PRESETS[name], 10_000) > count
+    untied = dataclasses.replace(attention, tie_embeddings=False)
+    assert flops_per_token(untied, 100) == flops_per_token(attention, 100)
 
 
 def test_preset_overrides_and_misspellings():

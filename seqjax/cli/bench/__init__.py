@@ -8,6 +8,7 @@
 | ``loader`` | tokens per second of the data loader against what the quickstart model consumes | >= 20x |
 | ``transformers`` | training and decoding against Hugging Face transformers with the same dimensions | >= 2x |
 | ``kernels`` | the Pallas kernels on this device against the XLA form, flash-linear-attention, cuDNN attention and the measured roofline | right results; packed rows <= 1.15x; exponent in T <= 1.05; ``implementation=None`` within 10% of the best form |
+| ``models`` | training steps of whole models with and without kernels, beside flash-linear-attention's models and our Transformer | kernels and peer: >= 1; attention: >= 0.8 at T=2048, >= 1.2 from T=8192 |
 
 Ratios are taken inside one process with the candidates interleaved, so that drift of the machine cancels; a result file holds the
 load average before the run. Like every command that computes, it runs with huge pages where it can (``seqjax.cli._process``).
@@ -28,6 +29,10 @@ SUITES = {
     "kernels": (
         "seqjax.cli.bench.kernels",
         "the Pallas kernels on this device, beside peers and the measured roofline",
+    ),
+    "models": (
+        "seqjax.cli.bench.models",
+        "training steps of whole models with and without kernels, beside peers and attention",
     ),
 }
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from seqjax.cli.bench import op_cases
 from seqjax.cli.bench.op_cases import SELECTIVE_STATE, Inputs, Sizes
+from seqjax.layers.flops import CHUNK, delta_rule_flops, linear_attention_flops
 
-CHUNK = 64
-"""Tokens per chunk in the counts of matrix products: the smallest that fills a matrix unit."""
 DOCUMENTS = 8
 """Documents of a packed row."""
 
@@ -42,14 +41,6 @@ class KernelCase:
         return self.op.name
 
 
-def _attention(dim: int) -> float:
-    return 4 * CHUNK * dim + 4 * dim * dim
-
-
-def _delta(dim: int) -> float:
-    return 10 * CHUNK * dim + 6 * dim * dim + 2 * CHUNK * CHUNK / 3
-
-
 _QKV = {"query": "q", "key": "k", "value": "v", "log_decay": "g", "beta": "beta"}
 _OPS = {case.name: case for case in op_cases.CASES}
 
@@ -65,7 +56,13 @@ CASES: tuple[KernelCase, ...] = (
     # Per channel and state: the product with A, its exponential, decay, write (2), read (2).
     KernelCase(_OPS["selective_scan"], lambda dim: 0, lambda dim: 7 * SELECTIVE_STATE * dim, 3),
     *(
-        KernelCase(_OPS[f"linear_attention {gate}"], _attention, lambda dim: 4 * CHUNK, 2.5, (*peer, _QKV))
+        KernelCase(
+            _OPS[f"linear_attention {gate}"],
+            lambda dim: linear_attention_flops(1, dim, dim),
+            lambda dim: 4 * CHUNK,
+            2.5,
+            (*peer, _QKV),
+        )
         for gate, peer in (
             ("none", ("fla.ops.simple_gla", "chunk_simple_gla")),
             ("scalar", ("fla.ops.simple_gla", "chunk_simple_gla")),
@@ -73,7 +70,13 @@ CASES: tuple[KernelCase, ...] = (
         )
     ),
     *(
-        KernelCase(_OPS[f"delta_rule {gate}"], _delta, lambda dim: 8 * CHUNK, 2.5, (*peer, _QKV))
+        KernelCase(
+            _OPS[f"delta_rule {gate}"],
+            lambda dim: delta_rule_flops(1, dim, dim),
+            lambda dim: 8 * CHUNK,
+            2.5,
+            (*peer, _QKV),
+        )
         for gate, peer in (
             ("none", ("fla.ops.delta_rule", "chunk_delta_rule")),
             ("scalar", ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")),
@@ -179,11 +182,20 @@ def picked(case: KernelCase, sizes: Sizes, time: int) -> str:
 
 
 def kernels(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The equations of all Pallas calls in a trace of the function, in order."""
+    """The equations of all Pallas calls in a trace of the function, in order, without those whose results nobody reads."""
+
+    def read(jaxpr: Any) -> list[Any]:
+        # JAX before 0.11 leaves this to the compiler.
+        live, found = set(map(id, jaxpr.outvars)), []
+        for equation in reversed(jaxpr.eqns):
+            if equation.effects or live.intersection(map(id, equation.outvars)):
+                live.update(map(id, equation.invars))
+                found.append(equation)
+        return found[::-1]
 
     def walk(jaxpr: Any) -> list[Any]:
         found = []
-        for equation in jaxpr.eqns:
+        for equation in read(jaxpr):
             if equation.primitive.name == "pallas_call":
                 found.append(equation)
                 continue

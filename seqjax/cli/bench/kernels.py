@@ -21,7 +21,7 @@ from rich.console import Console
 from seqjax.cli import UserError
 from seqjax.cli.bench import kernel_cases
 from seqjax.cli.bench.kernel_cases import KernelCase, Work
-from seqjax.cli.bench.measure import exponent, interleaved, median, median_ratio, relative_error
+from seqjax.cli.bench.measure import exponent, first_line, interleaved, median, median_ratio, relative_error
 from seqjax.cli.bench.op_cases import Inputs, Sizes
 from seqjax.cli.bench.ops import TOLERANCE, worst
 from seqjax.cli.bench.report import Common, Goal, Report, progress
@@ -141,11 +141,6 @@ def measure_device(dtype: str, repeats: int) -> Device:
 def compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     """A call of the jitted function, compiled now."""
     return functools.partial(jax.jit(function).lower(*arguments).compile(), *arguments)
-
-
-def first_line(error: BaseException) -> str:
-    """Of the message, shortened."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 class Torch:

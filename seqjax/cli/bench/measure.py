@@ -73,3 +73,8 @@ def relative_error(actual: Any, expected: Any) -> float:
         scale = np.sqrt(np.mean(np.abs(want) ** 2)) if want.size else 1.0
         worst = max(worst, float(np.sqrt(np.mean(np.abs(got - want) ** 2)) / (scale or 1.0)) if want.size else 0.0)
     return worst
+
+
+def first_line(error: BaseException) -> str:
+    """Of the message, shortened: the reason why a candidate is missing from a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
