@@ -22,7 +22,6 @@ import math
 import os
 import pathlib
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,10 +37,11 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from pallas_kernels import _configs
-from seqjax.cli.bench import kernel_cases
+from seqjax.cli.bench import estimates, kernel_cases
+from seqjax.cli.bench.estimates import HEADS
 from seqjax.cli.bench.kernel_cases import KernelCase
 from seqjax.cli.bench.op_cases import Sizes
-from seqjax.cli.bench.report import Common, Goal, Report
+from seqjax.cli.bench.report import Goal, Report
 
 OUT = pathlib.Path(os.path.relpath(pathlib.Path(__file__).parents[1] / "experiments/benchmarks/tpu_estimates.json"))
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -53,7 +53,7 @@ ALUS = 4
 SPLITS = {"bfloat16": 1, "float32": 6}
 """bfloat16 products in one product of full precision."""
 
-BATCH, TIME, HEADS = 4, 8192, 16
+BATCH, TIME = 4, 8192
 PROFILED = {"linear_recurrence": (512, 1024)}
 SHORTER = (256, 512)
 """Two T at which calls are profiled, one row per core, to tell what a token costs: multiples of the kernels' blocks of time, and small, since the
@@ -69,13 +69,11 @@ COMPARED = ("real", "scan", "scalar")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(Common):
+class Options(estimates.Options):
     """Static estimates of the Pallas kernels for TPUs that are not here."""
 
     out: pathlib.Path | None = OUT
     """JSON file; rows of other runs that this one does not repeat stay in it."""
-    only: str = ""
-    """Only kernels whose name contains this, e.g. "delta_rule" or "scalar"."""
     chips: tuple[str, ...] = tuple(TOPOLOGIES)
     """Chips: v5e, v5p, v6e."""
     dims: tuple[int, ...] = (64, 128, 256)
@@ -155,15 +153,7 @@ def module_cycles(text: str) -> dict[str, float]:
     An instruction in a loop counts once per trip; trips are the constant in the loop's condition. What was made by transposition is
     backward; what has no origin (copies) belongs to the pass of the instruction scheduled before it.
     """
-    computations: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name = header[2]
-            computations[name] = []
-            entry = name if header[1] else entry
-        elif name and line.startswith("  "):
-            computations[name].append(line)
+    entry, computations = estimates.computations(text)
     totals = {"forward": 0.0, "backward": 0.0}
 
     def trips(condition: str) -> int:
@@ -459,15 +449,8 @@ def estimate_rows(chip: str, unit: Unit, found: Any, compiled: Any) -> list[dict
 
 def goals_of(rows: list[dict[str, Any]]) -> list[Goal]:
     """The worst row of each kind of goal."""
-    from seqjax.cli.bench.ops import worst
-
-    goals = []
-    for row in rows:
-        label = " ".join(str(row[name]) for name in ("chip", "kernel", "pass", "dtype", "dim"))
-        for column, limit in (("over roofline", 2.0), ("over xla", 1.0)):
-            if row.get(column) is not None:
-                goals.append((label, Goal(f"estimate {column}", row[column], limit)))
-    return worst(goals)
+    limits = {"over roofline": 2.0, "over xla": 1.0}
+    return estimates.goals(rows, ("chip", "kernel", "pass", "dtype", "dim"), lambda row: limits)
 
 
 NOTES = [
@@ -490,23 +473,12 @@ NOTES = [
 ]
 
 
-def key(row: dict[str, Any]) -> tuple:
-    """What makes two rows the same."""
-    return tuple(row[name] for name in ("chip", "kernel", "dtype", "dim", "pass"))
-
-
-def place(row: dict[str, Any]) -> tuple:
-    """Where a row stands in the table."""
-    order = [case.name for case in kernel_cases.CASES]
-    return order.index(row["kernel"]), row["dtype"], row["dim"], PASSES.index(row["pass"]), row["chip"]
-
-
 def main() -> int:
     """Estimate, print and write, also what there is after every unit."""
     import tyro
     from rich.console import Console
 
-    from seqjax.cli.bench.report import plain, show
+    from seqjax.cli.bench.report import show
 
     options = tyro.cli(Options, prog="tpu_estimates.py")
     for chip in options.chips:
@@ -523,7 +495,7 @@ def main() -> int:
     turns = iter([(chip, kind) for chip in options.chips for kind in ("calls", "xla")])
     failures: list[BaseException] = []
     lock = threading.Lock()
-    earlier = json.loads(options.out.read_text())["rows"] if options.out is not None and options.out.exists() else []
+    earlier = estimates.earlier(options)
 
     def report() -> Report:
         rows = [
@@ -532,16 +504,9 @@ def main() -> int:
             if kind == "calls" and not (isinstance(found, dict) and "refused" in found)
             for row in estimate_rows(chip, unit, found, results.get((chip, "xla", unit)))
         ]
-        fresh = {key(row) for row in rows}
-        rows = sorted(rows + [row for row in earlier if key(row) not in fresh], key=place)
+        rows = estimates.merged(rows, earlier, ("kernel", "dtype", "dim", "pass", "chip"), PASSES)
         title = f"TPU kernels by the compiler's static estimate: batch {BATCH}, T = {TIME}, {HEADS} heads of dim (no TPU involved)"
         return Report("tpu_estimates", title, rows, goals_of(rows), NOTES, os.getloadavg()[0])
-
-    def write(report: Report) -> None:
-        if options.out is not None:
-            result = report.to_dict(options)
-            result["command"] = shlex.join(["python", "scripts/tpu_estimates.py", *sys.argv[1:]])
-            options.out.write_text(json.dumps(plain(result), indent=1) + "\n")
 
     def work() -> None:
         try:
@@ -556,7 +521,7 @@ def main() -> int:
                     with lock:
                         results[(*turn, unit)] = result
                         print(*turn, unit.case, unit.dim, unit.dtype, file=sys.stderr)
-                        write(report())
+                        estimates.write(report(), options)
         except BaseException as error:
             failures.append(error)
 
@@ -570,7 +535,7 @@ def main() -> int:
 
     console = Console(width=220)
     final = report()
-    write(final)
+    estimates.write(final, options)
     show(final, console)
     console.print(f"in {options.out}" if options.out is not None else "not written")
     return 1 if options.strict and not all(goal.passed for goal in final.goals) else 0

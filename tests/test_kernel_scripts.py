@@ -1,6 +1,7 @@
 """The scripts that say what kernels cost and which block sizes they get read and write what they should."""
 
 import ast
+import dataclasses
 import importlib.util
 import pathlib
 import sys
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import _configs, interpreted
+from seqjax.cli.bench import estimates as estimates_module
 from seqjax.cli.bench import kernel_cases
 from seqjax.cli.bench.op_cases import Sizes
+from seqjax.cli.bench.report import Report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -47,6 +50,36 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
+# A loop of three trips, in which the first warpgroup makes a product and all wait for a copy; the end of that wait is out of line.
+SASS = """
+	.section	.text.kernel,"ax",@progbits
+.text.kernel:
+   -:-:1:Y:02        /*0000*/                   S2R R0, SR_TID.X
+   -:-:-:Y:01        /*0010*/                   UMOV UR4, URZ
+   1:-:-:-:05        /*0020*/                   SHF.R.U32.HI R0, RZ, 0x7, R0
+   -:-:-:Y:05        /*0030*/                   ISETP.NE.U32.AND P1, PT, R0, RZ, PT
+   -:0:-:Y:01        /*0040*/              @!P3 UTMALDG.3D [UR16], [UR22]
+.L_x_1:
+   -:-:3:Y:02        /*0050*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR25], R13
+   3:-:-:Y:05        /*0060*/              @!P2 BRA `(.L_x_0)
+.L_x_3:
+   -:-:2:Y:01        /*0070*/                   LDS R4, [R2]
+   -:-:-:-:06        /*0080*/                   UIADD3 UR4, UP1, UR4, 0x1, URZ
+ 2&3:-:-:-:04        /*0090*/                   FFMA R4, R4.reuse, R4, R4
+   -:-:-:-:06        /*00a0*/                   UISETP.NE.U32.AND UP0, UPT, UR4, 0x3, UPT
+   -:-:-:-:13        /*00b0*/                   PLOP3.LUT P0, PT, PT, PT, UP0, 0x80, 0x0
+   -:-:-:Y:05        /*00c0*/               @P1 BRA `(.L_x_2)
+   -:-:-:Y:01        /*00d0*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24
+   -:-:-:Y:01        /*00e0*/                   HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR8], R24, gsb0
+   -:-:-:Y:02        /*00f0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0
+.L_x_2:
+   -:-:-:Y:05        /*0100*/               @P0 BRA `(.L_x_1)
+   -:-:-:Y:05        /*0110*/                   EXIT
+.L_x_0:
+   -:-:-:Y:05        /*0120*/                   BRA `(.L_x_3)
+"""
+
+
 def script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -59,6 +92,11 @@ def script(name):
 @pytest.fixture(scope="module")
 def estimates():
     return script("tpu_estimates")
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return script("gpu_estimates")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +190,156 @@ def test_a_worker_that_dies_costs_one_unit(estimates, monkeypatch):
     results = list(estimates.run_units("profile", "v6e", units))
     assert [unit.dim for unit, _ in results] == [64, 128, 256]
     assert [result for _, result in results] == [{"dim": 64}, "LLO_CHECK failure: no", {"dim": 256}]
+
+
+def test_a_warp_goes_the_way_of_its_thread(gpu):
+    program = gpu.parse(SASS)
+    assert program[0].writes == 1 and program[2].waits == (1,) and program[9].waits == (2, 3) and program[4].reads == 0
+    first, second = (gpu.follow(program, thread, (0, 0, 0)) for thread in (0, 128))
+    assert first.loop == second.loop == (5, 16, 3) and not first.guessed
+    assert first.executed[13:16] == [3, 3, 3] and second.executed[13:16] == [0, 0, 0]
+    assert first.executed[18] == 0, "the wait succeeds"
+    kinds = first.count(5, 17)
+    assert kinds["tensor"] == 6 and kinds["smem"] == 3 and kinds["fma"] == 3 and kinds["control"] == 9
+    # Before the loop: the thread's number arrives on a scoreboard, 18 cycles after the move behind it has issued; and the copy takes its slot.
+    start = gpu.LATENCY["S2R"] + 5 + 5 + 1
+    # The first wait is until the copy is there; other copies are not started, so that it is there from then on.
+    wait = gpu.LATENCY["SYNCS"] + 5
+    load = 4 + gpu.LATENCY["LDS"] + 4  # the pipe and the latency; what the increment takes is within them
+    rest = 6 + 13 + 5
+    product = 32 + 32 + gpu.LATENCY["HGMMA"] + 2
+    trip = wait + load + rest + product + 5
+    assert first.cycles == start - 1 + gpu.COPY_IN + 3 * trip + 5
+    assert second.cycles == first.cycles - 3 * product
+    assert first.lost["wgmma"] == 3 * (product - 4) and first.lost["copies in"] == gpu.COPY_IN - 1
+    longer = gpu.follow(gpu.parse(SASS.replace("UR4, 0x3, UPT", "UR4, 0x5, UPT")), 0, (0, 0, 0))
+    assert longer.loop == (5, 16, 5) and longer.cycles == first.cycles + 2 * trip
+    endless = SASS.replace("UR4, 0x3, UPT", "UR9, 0x3, UPT")
+    assert gpu.follow(gpu.parse(endless), 0, (0, 0, 0)).guessed
+    with pytest.raises(ValueError, match="no instruction"):
+        gpu.parse("nothing")
+
+
+def test_instructions_take_their_units(gpu):
+    program = gpu.parse(SASS)
+    assert program[13].units == {"issue": 1, "tensor": 32, "smem": 32}
+    assert program[14].units == {"issue": 1, "tensor": 32, "smem": 16}, "the first operand is in registers"
+    assert program[7].units == {"issue": 1, "smem": 4}
+    line = "   -:-:-:Y:01        /*0000*/                   {} R4, R5 \n"
+    for opcode, units in (
+        ("LDS.64", {"smem": 8}),
+        ("LDSM.16.M88.4", {"smem": 16}),
+        ("MUFU.EX2", {"mufu": 8}),
+        ("ISETP.NE.U32.AND", {"alu": 2}),
+        ("IMAD.MOV.U32", {"imad": 2}),
+        ("FFMA", {"fma": 1}),
+        ("R2UR", {}),
+    ):
+        assert gpu.parse(line.format(opcode))[0].units == {"issue": 1} | units
+    trace = gpu.follow(program, 0, (0, 0, 0))
+    assert trace.units["tensor"] == 6 * 32 and trace.units["smem"] == 3 * (4 + 32 + 16)
+    assert trace.units["issue"] == sum(trace.executed) + sum(trace.skipped) == 5 + 3 * 12 + 1
+
+
+def test_integers_that_decide_are_computed(gpu):
+    def value(text, **registers):
+        line = gpu.parse(f"   -:-:-:Y:01        /*0000*/                   {text} \n")[0]
+        read = {"RZ": 0, "PT": True, "!PT": False, "URZ": 0, "UPT": True} | registers
+        return gpu.result(
+            line, lambda name: read.get(name, int(name, 16) if name[:2] == "0x" else None), 133, (1, 2, 3)
+        )
+
+    assert value("S2R R0, SR_TID.X") == 133 and value("S2UR UR0, SR_CTAID.Z") == 3
+    assert value("HFMA2.MMA R0, -RZ, RZ, 0, 2.384185791015625e-07") == 4
+    assert value("IADD3 R0, P3, R1, 0x30, RZ", R1=2) == 0x32 and value("IADD3 R0, P3, R1, 0x30, RZ") is None
+    assert value("LOP3.LUT R0, R1, R2, RZ, 0x3c, !PT", R1=5, R2=3) == 6
+    assert value("LOP3.LUT P0, RZ, R1, 0x1, RZ, 0xc0, !PT", R1=5) is True
+    assert value("ISETP.GT.AND P0, PT, R1, 0x5, PT", R1=0xFFFFFFFF) is False, "signed"
+    assert value("ISETP.GT.U32.AND P0, PT, R1, 0x5, PT", R1=0xFFFFFFFF) is True
+    assert value("ISETP.NE.AND.EX P0, PT, R1, RZ, PT, P1", R1=0, P1=True) is True, "the lower halves differ"
+    assert value("ISETP.NE.AND P0, PT, R1, RZ, P1", P1=False) is False, "whatever R1 is"
+    assert value("ISETP.NE.OR P0, PT, R1, RZ, P1", P1=False) is None
+    assert value("PLOP3.LUT P0, PT, PT, P1, PT, 0x80, 0x0", P1=False) is False
+    assert value("SHF.R.S32.HI R0, RZ, 0x1, R1", R1=0xFFFFFFFE) == 0xFFFFFFFF
+
+
+def test_a_kernel_takes_what_holds_it_back(gpu):
+    launch = [
+        "    %c4 = arith.constant 4 : index loc(#loc)",
+        "    %c33 = arith.constant 33 : index loc(#loc)",
+        "    %c1 = arith.constant 1 : index loc(#loc)",
+        "    %c256 = arith.constant 256 : index loc(#loc)",
+        "    %size = arith.constant 110000 : i32 loc(#loc)",
+        "    %3 = gpu.launch async [%2] blocks(%4, %5, %6) in (%7 = %c4, %8 = %c33, %9 = %c1) "
+        "threads(%a, %b, %c) in (%d = %c256, %e = %c1, %f = %c1) dynamic_shared_memory_size %size {",
+    ]
+    shape = gpu.launch_of(launch)
+    assert shape == {"grid": (4, 33, 1), "threads": 256, "shared": 110000}
+    kernel = gpu.Kernel.of(shape, "Used 120 registers\n0 bytes spill stores, 8 bytes spill loads", SASS)
+    assert (kernel.blocks, kernel.registers, kernel.spills, kernel.resident) == (132, 120, 8, 2)
+    first, second = kernel.traces
+    assert kernel.units["issue"] == first.units["issue"] + second.units["issue"]
+    seconds = kernel.seconds(hertz=1.0, traffic=2 * gpu.BANDWIDTH)
+    assert seconds["latency"] == first.cycles and seconds["hbm"] == 2
+    assert seconds["tensor"] == 6 * 32 < seconds["latency"]
+    more = dataclasses.replace(kernel, grid=(4, 33, 3))  # three on a multiprocessor, two of them at a time
+    assert more.seconds(1.0, 0)["latency"] == 2 * first.cycles and more.seconds(1.0, 0)["tensor"] == 3 * 6 * 32
+    crowded = dataclasses.replace(kernel, registers=129, shared=1000)
+    assert crowded.resident == 1, "256 threads of 136 registers"
+
+
+def test_what_xla_launches_is_counted_per_trip_and_pass(gpu):
+    module = MODULE.replace("tpu_custom_call", "mosaic_gpu_v2").replace(
+        'pallas_call"}, backend_config={"used', 'a_kernel/mpmd_map"}, backend_config={kernel_hash = "h", "used'
+    )
+    module = module.replace(
+        "condition=%condition, body=%body", 'condition=%condition, body=%body, {"known_trip_count":{"n":"3"}}'
+    )
+    found = gpu.launches(module)
+    assert [(entry.name, entry.times, entry.backward, entry.bytes) for entry in found] == [
+        ("", 1, False, 32 + 0),
+        ("", 3, False, 32),
+        ("", 3, True, 32),
+        ("a_kernel", 1, True, 64),
+        ("", 1, True, 64),
+    ]
+    assert [entry.key for entry in found] == ["", "", "", "h", ""]
+
+
+def test_gpu_rows_add_what_xla_does_and_name_the_bound(gpu):
+    kernel = gpu.Kernel((132, 1, 1), 128, 100, 0, 1000, (gpu.follow(gpu.parse(SASS), 0, (0, 0, 0)),))
+    slow = gpu.Launch("walk_forward_k128", "h", int(0.001 * gpu.BANDWIDTH), False)
+    around = gpu.Launch("", "", int(0.0005 * gpu.BANDWIDTH), False, times=2)
+    entry = {part: [(slow, kernel), (around, None)] for part in gpu.PASSES}
+    case = kernel_cases.chosen("linear_attention scalar")[0]
+    ahead, trained, back = gpu.estimate_rows(case, 128, [entry] * 3, 1e9)
+    assert (ahead["kernels ms"], ahead["xla ms"], ahead["launches"]) == (pytest.approx(1), pytest.approx(1), 3)
+    assert ahead["bounds"] == "xla 50%, forward 50% hbm" and ahead["T=32768 ms"] == pytest.approx(2)
+    assert ahead["over roofline"] == pytest.approx(ahead["whole ms"] / ahead["roofline ms"])
+    assert ahead["published ms"] == pytest.approx(1.147 / 2) and ahead["over published"] == pytest.approx(
+        2 / (1.147 / 2)
+    )
+    assert "published ms" not in trained
+    assert back["over published"] == pytest.approx(4 / (4.524 / 2)), "forward and backward"
+    assert gpu.limits(back)["over published"] == 0.6
+    assert ahead["calls"]["walk_forward_k128"]["loop"]["trips"] == 3
+
+
+def test_a_run_of_a_part_keeps_the_other_rows(tmp_path):
+    options = estimates_module.Options(tmp_path / "rows.json")
+    assert estimates_module.earlier(options) == []
+    old = [{"kernel": "selective_scan", "pass": part, "dim": 64, "ms": 1.0} for part in ("forward", "backward")]
+    estimates_module.write(Report("suite", "title", old, []), options)
+    fresh = [
+        {"kernel": "selective_scan", "pass": "backward", "dim": 64, "ms": 2.0},
+        {"kernel": "linear_recurrence real", "pass": "backward", "dim": 64, "ms": 3.0},
+    ]
+    rows = estimates_module.merged(
+        fresh, estimates_module.earlier(options), ("kernel", "dim", "pass"), ("forward", "backward")
+    )
+    assert [row["ms"] for row in rows] == [3.0, 1.0, 2.0]
+    goals = estimates_module.goals(rows, ("kernel", "pass"), lambda row: {"ms": 2.5, "missing": 1.0})
+    assert [goal.passed for goal in goals] == [False] and "worst of 3 is linear_recurrence" in goals[0].name
 
 
 def test_the_work_of_an_operation_is_its_arrays_and_its_products():

@@ -21,6 +21,7 @@ versions. To add yours:
     seqjax bench transformers --out experiments/benchmarks/MACHINE/transformers.json     # pip install 'seqjax[parity]'
     bash scripts/device_check.sh      # kernels on a GPU or TPU: experiments/benchmarks/DEVICE/kernels.json
     python scripts/tpu_estimates.py   # kernels on TPUs that are not here: experiments/benchmarks/tpu_estimates.json
+    python scripts/gpu_estimates.py   # and on a GPU that is not here: experiments/benchmarks/gpu_estimates.json
     python experiments/benchmarks/table.py
 """
 
@@ -37,7 +38,17 @@ def section(result: dict[str, Any]) -> list[str]:
     machine, versions = result["machine"], result["versions"]
     packages = [
         f"{name} {versions[name]}"
-        for name in ("python", "jax", "flax", "libtpu", "torch", "flash-linear-attention", "transformers")
+        for name in (
+            "python",
+            "jax",
+            "flax",
+            "libtpu",
+            "jax-cuda13-plugin",
+            "nvidia-cuda-nvcc",
+            "torch",
+            "flash-linear-attention",
+            "transformers",
+        )
         if name in versions
     ]
     lines = [f"### {result['title']}", "", *table(result["rows"]), "", "| | goal | measured | |", "|---|---|---|---|"]
@@ -60,8 +71,10 @@ def readme(folder: pathlib.Path) -> str:
         lines += [f"## {machine.name}", ""]
         for path in sorted(machine.glob("*.json")):
             lines += section(json.loads(path.read_text()))
-    for path in sorted(folder.glob("*.json")):
-        lines += ["## Estimates without a device", "", *section(json.loads(path.read_text()))]
+    estimates = sorted(folder.glob("*.json"))
+    lines += ["## Estimates without a device", ""] if estimates else []
+    for path in estimates:
+        lines += section(json.loads(path.read_text()))
     return "\n".join(lines).rstrip() + "\n"
 
 
