@@ -12,6 +12,7 @@ from jax import lax
 
 from pallas_kernels import _matrix, _split, _target
 from pallas_kernels._matrix import GpuDecays, Static, TpuDecays, flat
+from pallas_kernels._remat import keep
 from pallas_kernels._tokens import ORDINARY, PADDING, START, of_tokens
 
 __all__ = ["MEASURED", "ORDINARY", "PADDING", "START", "delta_rule", "is_preferred", "refusal"]
@@ -64,7 +65,7 @@ def delta_rule(
 
 def _whole_rows(query, key, value, beta, log_decay, state, kind, *, scale: float) -> tuple[jax.Array, jax.Array]:
     """As ``delta_rule``."""
-    heads = _matrix.blocks(query, value, widest=_widest(value, log_decay))
+    heads = _matrix.blocks(query, value, widest=_widest(value))
     assert heads is not None  # `refusal` has let the call pass
     query, key, value, state = heads.of_keys(query), heads.of_keys(key), heads.of_values(value), heads.of_states(state)
     beta = heads.of_heads(beta)
@@ -101,17 +102,12 @@ def _states_before(cut: _split.Parts, query, key, value, beta, log_decay, state,
 
 def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array | None) -> str | None:
     """Why there is no kernel for this call where it is traced, or None."""
-    reason = _matrix.refusal("delta_rule", query, key, value, log_decay, widest=_widest(value, log_decay))
-    if reason is not None:
-        return reason
-    if _target.target().platform == "gpu" and _matrix.per_channel(log_decay) and value.dtype != jnp.bfloat16:
-        return f"for GPUs takes one decay per channel with bfloat16 query, key and value only; got {value.dtype}"
-    return None
+    return _matrix.refusal("delta_rule", query, key, value, log_decay, widest=_widest(value))
 
 
-def _widest(value: jax.Array, log_decay: jax.Array | None) -> int:
+def _widest(value: jax.Array) -> int:
     """Of the keys that the GPU kernels take: what fits shared memory."""
-    return 256 if value.dtype == jnp.bfloat16 and not _matrix.per_channel(log_decay) else 128
+    return 256 if value.dtype == jnp.bfloat16 else 128
 
 
 def is_preferred() -> bool:
@@ -146,7 +142,7 @@ def _run(query, key, value, beta, log_decay, state, kind, call: Static, *, save:
 
 
 def _forward(query, key, value, beta, log_decay, state, kind, call):
-    output, final, saved = _run(query, key, value, beta, log_decay, state, kind, call, save=True)
+    output, final, saved = keep(_run(query, key, value, beta, log_decay, state, kind, call, save=True))
     return (output, final), (query, key, value, beta, log_decay, kind, saved)
 
 

@@ -2,8 +2,8 @@ r"""The chunked delta rule with one decay per key channel on Hopper GPUs, forwar
 
 .. math:: S' = diag(e^{g_t}) S_{t-1}, \qquad S_t = S' + \beta_t k_t (v_t - S'^T k_t)^T, \qquad o_t = scale \cdot S_t^T q_t
 
-per batch row and value head, with a float32 state :math:`S` [K, V] and bfloat16 operands. Tokens are cut into chunks of
-C = 64. With S the state before a chunk, :math:`G_{ic}` the sum of the log decays of channel c up to and including token i,
+per batch row and value head, with a float32 state :math:`S` [K, V] and operands in bfloat16, or in float32 as pairs of it. Tokens are cut
+into chunks of C = 64. With S the state before a chunk, :math:`G_{ic}` the sum of the log decays of channel c up to and including token i,
 :math:`L_{ri} = \sum_c k_{rc} k_{ic} e^{G_{rc} - G_{ic}}` for i < r and :math:`P_{ri} = scale \sum_c q_{rc} k_{ic} e^{G_{rc} - G_{ic}}` for i <= r,
 
 .. math::
@@ -13,9 +13,10 @@ C = 64. With S the state before a chunk, :math:`G_{ic}` the sum of the log decay
 L and P are taken by levels of pairs of tokens and decays from products with the log decays, see ``_gpu_channels``; so documents, too, are
 a matter of the gates. What padding holds is selected away.
 
-**Forward.** ``_prepare`` makes M, P, R, A and E, one thread block per chunk and head. ``_read`` walks a row without looking at decays but
-for those of whole chunks; the grid is (batch, heads, blocks of 64 value columns), the K x 64 part of the state is in registers. A pass that
-will be differentiated also stores the bfloat16 copy of the state before every chunk, and keeps M; the rest is made again in the backward pass.
+**Forward.** ``_prepare`` makes M, P, R, A and E, one thread block per chunk and head, from one block of 64 key channels after another. The
+sums over channels in L and P are sums over these blocks. ``_read`` walks a row without looking at decays but for those of whole chunks; the
+grid is (batch, heads, blocks of 64 value columns), the K x 64 part of the state is in registers. A pass that will be differentiated also
+stores the state before every chunk as the operand it is, and keeps M; the rest is made again in the backward pass.
 
 **Backward.** With dO and the cotangent D of the state after a chunk,
 
@@ -37,19 +38,28 @@ loses nothing to what they do to others. What crosses the chunk adds :math:`\sum
 ``_differentiate`` makes dQ and then dK, with the decays of every level once more, because both at a time spill. If V is 128, where shared memory
 has room for one thread block only, each has a warpgroup of its own.
 
-**Shared memory** in KiB with its vectors and rules (2, as references are aligned), and how many thread blocks of an SM it and the
-registers leave room for. Stages are two for A, V and M, or E, dO and P; one for the rest:
+**Shared memory** in KiB with its vectors, decays across chunks and rules (2 or more, as references are aligned), and how many thread blocks of
+an SM it and the registers leave room for. ``_prepare`` has two slots for query, key and gates if there is more than one block of channels. In
+the walks, stages are two for A, V and M, or E, dO and P; one for the rest. A walk needs A and M, or E and P, before the rest, and has them
+refilled as soon as it has read them; so in float32, where two slots do not fit, they have one:
 
-    K, V       _prepare                   _read and _unwind                               _recover
-    64, 64     6 x 8 + P 8 + 10 = 66; 2   2 x 24 + 3 x 8 + S 8 + O 8 + 2 = 90; 2          4 x 8 + M 8 + S 8 + 2 = 50; 4
-    64, 128    the same                   the same                                        8 + 3 x 16 + M 8 + S 16 + 2 = 82; 2
-    128, 64    6 x 16 + P 8 + 2 = 106; 2  2 x 32 + 2 x 16 + 8 + S 16 + O 8 + 2 = 131; 1   16 + 3 x 8 + M 8 + S 16 + 2 = 66; 3
-    128, 128   the same                   the same                                        4 x 16 + M 8 + S 32 + 2 = 106; 2
+    K, V           _prepare                         _read and _unwind                                       _recover
+    64, 64         6 x 8 + P 8 + 10 = 66; 2         2 x 24 + 3 x 8 + S 8 + O 8 + 3 = 91; 2                  4 x 8 + M 8 + S 8 + 2 = 50; 4
+    64, 128        the same                         the same                                                8 + 3 x 16 + M 8 + S 16 + 2 = 82; 2
+    128, 64        2 x 32 + 16 + P 8 + 2 = 90; 2    2 x 32 + 2 x 16 + 8 + S 16 + O 8 + 3 = 131; 1           16 + 3 x 8 + M 8 + S 16 + 2 = 66; 3
+    128, 128       the same                         the same                                                4 x 16 + M 8 + S 32 + 2 = 106; 2
+    256, 64        the same                         2 x 48 + 2 x 32 + 8 + S 32 + O 8 + 4 = 212; 1           32 + 3 x 8 + M 8 + S 32 + 2 = 98; 2
+    64, 64 f32     48 + 32 + P 16 + 2 = 98; 2       32 + V 32 + 3 x 16 + S 16 + O 16 + 3 = 147; 1           4 x 16 + M 16 + S 16 + 2 = 98; 2
+    128, 64 f32    2 x 48 + 32 + P 16 + 2 = 146; 1  48 + V 32 + 2 x 32 + 16 + S 32 + O 16 + 3 = 211; 1      32 + 3 x 16 + M 16 + S 32 + 2 = 130; 1
 
-``_differentiate``: Q, K and the log decays 32 + dO, dR, W 24 + S, D 16 + X, Y 16 + sums 16 + 3 = 107; 2 if V is 64, 147; 1 if it is 128.
+``_differentiate``: Q, K and the log decays 32 + dO, dR, W 24 + S, D 16 + X, Y 16 + sums 16 + 3 = 107; 2 if V is 64, 147; 1 if it is 128, and
+179; 1 in float32. K = 256 and float32 come with V = 64 only; ``_blocks`` cuts larger ones. Float32 with K = 256 does not fit: the state, R, A
+and E alone would be 256.
 
-**Registers** per thread: 175 (K = 64; more than 168 leave room for 2 thread blocks only) and 254 in ``_prepare``, 177 without M; up to 150 and 208
-in ``_read``, 126 and 190 in ``_unwind``, 134 in ``_recover``, 251 in ``_differentiate``, without spills.
+**Registers** per thread, for K = 64, 128 and 256: up to 175 (more than 168 leave room for 2 thread blocks only), 237 and 232 in ``_prepare``, 140,
+177 and 174 without M; 150, 210 and 222 in ``_read``; 126, 190 and 201 in ``_unwind``; 134 in ``_recover``; 250 in ``_differentiate``, without spills. In
+float32, for K = 64 and 128, at most 251, 225 without M, 183, 224, 132 and 248; for the last, the sum of the gradients of the log decays waits in
+shared memory between products.
 
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
 """
@@ -84,15 +94,17 @@ def forward(
     save: bool,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+) -> tuple[jax.Array, jax.Array, tuple[_gpu.Operand, _gpu.Operand] | None]:
     """As ``gpu.forward``, with log_decay [B, T, H, K]."""
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or Config()
-    query, key, value = (walk.fill(x) for x in (query, key, value))
-    gates, vectors = _small(walk, beta, log_decay, document)
+    query, key, value = walk.operands(query, key, value)
+    gates, steps, across = _small(walk, beta, log_decay, document)
     rules = walk.rules(document, boundary)
-    chunks, inverse = _prepare(walk, query, key, gates, vectors, rules, scale=scale, invert=True)
-    output, final, states = _read(walk, chunks, value, inverse, state, vectors, rules, save=save, stages=config.stages)
+    chunks, inverse = _prepare(walk, query, key, gates, steps, rules, scale=scale)
+    output, final, states = _read(
+        walk, chunks, value, inverse, state, steps, across, rules, save=save, stages=config.stages
+    )
     return output[:, : walk.time], final, (states, inverse) if save else None
 
 
@@ -104,7 +116,7 @@ def backward(
     log_decay: jax.Array,
     document: jax.Array | None,
     boundary: jax.Array | None,
-    residuals: tuple[jax.Array, jax.Array],
+    residuals: tuple[_gpu.Operand, _gpu.Operand],
     dout: jax.Array,
     dfinal: jax.Array,
     *,
@@ -115,126 +127,148 @@ def backward(
     """As ``gpu.backward``, with log_decay and its gradient [B, T, H, K]."""
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or Config()
-    query, key, value, dout = (walk.fill(x) for x in (query, key, value, dout.astype(value.dtype)))
+    query, key, value, dout = walk.operands(query, key, value, dout.astype(value.dtype))
     states, inverse = residuals
-    gates, vectors = _small(walk, beta, log_decay, document)
+    gates, steps, across = _small(walk, beta, log_decay, document)
     rules = walk.rules(document, boundary)
-    chunks, _ = _prepare(walk, query, key, gates, None, rules, scale=scale, invert=False)
+    chunks, _ = _prepare(walk, query, key, gates, None, rules, scale=scale)
     dvalue, dstates, dstate = _unwind(
-        walk, chunks, dout, inverse, dfinal, vectors, rules, stages=config.backward_stages
+        walk, chunks, dout, inverse, dfinal, steps, across, rules, stages=config.backward_stages
     )
-    written, pairs, steps = _recover(walk, chunks, value, dout, dvalue, inverse, states, vectors, rules, scale=scale)
+    written, pairs, dsteps = _recover(walk, chunks, value, dout, dvalue, inverse, states, steps, rules, scale=scale)
     dquery, dkey, dlog_decay = _differentiate(
-        walk, query, key, written, dout, dvalue, gates, *pairs, vectors, rules, states, dstates, scale=scale
+        walk, query, key, written, dout, dvalue, gates, *pairs, across, rules, states, dstates, scale=scale
     )
-    dquery, dkey = (walk.sum_heads(x).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
-    dbeta, dlog_decay = walk.per_token(steps) / nonzero(beta), dlog_decay[:, : walk.time]
+    dquery, dkey = (walk.sum_heads(x.array()).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
+    dbeta, dlog_decay = walk.per_token(dsteps) / nonzero(beta), dlog_decay[:, : walk.time]
     if document is not None:
         real = document[..., None] >= 0
         dbeta, dlog_decay = jnp.where(real, dbeta, 0.0), jnp.where(real[..., None], dlog_decay, 0.0)
-    return dquery, dkey, dvalue[:, : walk.time], dbeta, dlog_decay, dstate
+    return dquery, dkey, dvalue.array()[:, : walk.time], dbeta, dlog_decay, dstate
 
 
-def _small(walk: _gpu.Walk, beta, log_decay, document) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Gates as of ``split_gates``; step sizes and, after them, decays of whole chunks [B, H, N, 1, C + K]."""
-    steps = nonzero(beta)
+def _small(walk: _gpu.Walk, beta, log_decay, document) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+    """Gates and decays of whole chunks as of ``split_gates``; between them, step sizes [B, H, N, 1, C]."""
     gates, across = split_gates(walk, log_decay, document)
-    return gates, jnp.concatenate([walk.per_head(walk.fill(steps))[:, :, :, None], across], -1)
+    return gates, walk.per_head(walk.fill(nonzero(beta)))[:, :, :, None], across
 
 
-def _steps(small, slot) -> Any:
-    """Reference to the step sizes of a chunk."""
-    return small["vectors"].at[slot, 0, pl.ds(0, TILE)]
+def _prepare(walk: _gpu.Walk, query, key, gates, steps, rules, *, scale):
+    """(P [B, H, N, C, C], R, A and E [B, T, H, K]) and, if there are ``steps``, M [B, H, N, C, C]; 0 for what padding reads and writes.
 
-
-def _across(small, slot, channels) -> jax.Array:
-    """Decays of a whole chunk."""
-    start, size = channels
-    return _gpu.vector(small["vectors"].at[slot, 0, pl.ds(TILE + start, size)], 1)
-
-
-def _prepare(walk: _gpu.Walk, query, key, gates, vectors, rules, *, scale, invert: bool):
-    """(P [B, H, N, C, C], R, A and E [B, T, H, K]) and, if ``invert``, M [B, H, N, C, C]; in bfloat16, 0 for what padding reads and writes."""
-    chunk = walk.chunk
+    Sums over channels are those over blocks of 64, which come one after another: so registers and memory do not depend on K.
+    """
+    chunk, width, invert = walk.chunk, TILE, steps is not None
+    blocks, factors = walk.key_dim // width, ("z", "zk") if invert else ("z",)
+    slots = min(2, blocks)
 
     def body(
-        query_g, key_g, high_g, low_g, vectors_g, rules_g, weights_g, asked_g, reading_g, writing_g, inverse_g,
+        query_g, key_g, high_g, low_g, steps_g, rules_g, weights_g, asked_g, reading_g, writing_g, inverse_g,
         *, tiles, small,
     ):  # fmt: skip
-        q, k, high, low = (tiles[name].at[0] for name in ("query", "key", "high", "low"))
-        z, weights, full = tiles["z"], tiles["weights"], small["full"]
-        reading = zk = tiles["zk"] if invert else z
+        weights, reading, full = tiles["weights"], tiles[factors[-1]].at[0], small["full"]
         row, head, n = walk.place()
         tokens = pl.ds(n * chunk, chunk)
-        for name, source in (
-            ("query", query_g.at[row, tokens, head // walk.repeats]),
-            ("key", key_g.at[row, tokens, head // walk.repeats]),
-            ("high", high_g.at[row, tokens, head]),
-            ("low", low_g.at[row, tokens, head]),
-        ):
-            walk.load(source, tiles[name], 0, full)
-        walk.load_small(vectors_g, rules_g, row, head, n, small, 0)
-        plgpu.barrier_wait(full.at[0])
-        walk.decays(False, rules_g, small, 0).clear_padding(q, k)
         pairs = Pairs(walk)
-        blocks = list(zip(*map(_gpu.parts, (q, k, z, zk, high, low))))
 
-        def add_level(level, totals):
-            for my_q, my_k, my_z, my_zk, *my_gates in blocks:
-                decays = pairs.decays(pairs.level(level), my_gates)
+        def fetch(block, slot):
+            columns = pl.ds(block * width, width)
+            for name, source in (
+                ("query", query_g.at[row, tokens, head // walk.repeats, columns]),
+                ("key", key_g.at[row, tokens, head // walk.repeats, columns]),
+                ("high", high_g.at[row, tokens, head, columns]),
+                ("low", low_g.at[row, tokens, head, columns]),
+            ):
+                walk.load(source, tiles[name], slot, full)
+            walk.load_small(steps_g, rules_g, row, head, n, small, slot)
+
+        def add_block(block, totals):
+            slot, columns = 0 if slots == 1 else lax.rem(block, slots), pl.ds(block * width, width)
+            plgpu.barrier_wait(full.at[slot])
+            rules = walk.decays(False, rules_g, small, slot)
+            q, k, high, low = (tiles[name].at[slot] for name in ("query", "key", "high", "low"))
+            rules.clear_padding(q, k)
+
+            def add_level(level, totals):
+                zero = walk.zero(rules)
+                q, k, high, low = (tiles[name].at[slot + zero] for name in ("query", "key", "high", "low"))
+                z, *zk = places = [tiles[name].at[zero] for name in factors]
+                decays = pairs.decays(pairs.level(level), (high, low))
                 # Queries where they read and keys where they are read: its products with itself are all that P needs.
-                my_z[...] = (decays * jnp.where(pairs.second(level), as_float(my_q), as_float(my_k))).astype(z.dtype)
-                if invert:
-                    my_zk[...] = (decays * as_float(my_k)).astype(z.dtype)
-            # wgmma reads through another proxy than the threads write.
-            plgpu.commit_smem()
-            return tuple(jnp.where(pairs.of(level), walk.matmul(x, x.T), total) for x, total in zip((z, zk), totals))
+                z[...] = decays * jnp.where(pairs.second(level), as_float(q), as_float(k))
+                for place in zk:
+                    place[...] = decays * as_float(k)
+                # wgmma reads through another proxy than the threads write.
+                plgpu.commit_smem()
+                return tuple(
+                    jnp.where(pairs.of(level), walk.matmul(x, x.T) + total, total) for x, total in zip(places, totals)
+                )
 
-        own = jnp.where(pairs.same, walk.matmul(q, k.T), 0.0)
-        start = (own, jnp.where(pairs.same, 0.0, own)) if invert else (own,)
-        scores, *overlaps = lax.fori_loop(0, LEVELS, add_level, start)
-        weights[...] = jnp.where(pairs.lower, scale * scores, 0.0).astype(weights.dtype)
-        for my_q, my_k, _, my_reading, *my_gates in blocks:
-            decays = pairs.decays(pairs.upto(), my_gates)
-            my_q[...] = (scale * decays * as_float(my_q)).astype(q.dtype)
-            my_reading[...] = (decays * as_float(my_k)).astype(k.dtype)
-            my_k[...] = (pairs.decays(pairs.after(), my_gates) * as_float(my_k)).astype(k.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(weights, weights_g.at[row, head, n])
-        plgpu.copy_smem_to_gmem(q, asked_g.at[row, tokens, head])
-        plgpu.copy_smem_to_gmem(reading, reading_g.at[row, tokens, head])
-        plgpu.copy_smem_to_gmem(k, writing_g.at[row, tokens, head])
+            scores, *overlaps = totals
+            scores = jnp.where(pairs.same, walk.matmul(q, k.T) + scores, scores)
+            totals = lax.fori_loop(0, LEVELS, add_level, (scores, *overlaps))
+
+            @pl.when(block + 1 == blocks)
+            def _last():
+                weights[...] = jnp.where(pairs.lower, scale * totals[0], 0.0)
+
+            decays = pairs.decays(pairs.upto(), (high, low))
+            # R, A and E take the places of what they are made of, but for those of the gates.
+            q[...] = scale * decays * as_float(q)
+            reading[...] = decays * as_float(k)
+            k[...] = pairs.decays(pairs.after(), (high, low)) * as_float(k)
+            plgpu.commit_smem()
+            _gpu.send(q, asked_g.at[row, tokens, head, columns])
+            _gpu.send(reading, reading_g.at[row, tokens, head, columns])
+            _gpu.send(k, writing_g.at[row, tokens, head, columns])
+
+            @pl.when(block + 1 < blocks)
+            def _next():
+                # The stores have left shared memory.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                pl.when(block + slots < blocks)(lambda: fetch(block + slots, slot))
+
+            return totals
+
+        walk.number(rules_g, small)
+        for slot in range(slots):
+            fetch(slot, slot)
+        nothing = plgpu.layout_cast(jnp.zeros((chunk, chunk), jnp.float32), plgpu.Layout.WGMMA)
+        totals = (nothing, nothing) if invert else (nothing,)
+        _, *overlaps = lax.fori_loop(0, blocks, add_block, totals) if blocks > 1 else add_block(0, totals)
+        _gpu.send(weights, weights_g.at[row, head, n])
         if invert:
             # The gates and z are not needed any more.
-            free = [part for tile in (high, low, z) for part in _gpu.parts(tile)]
-            free += [] if tiles["spare"] is None else [tiles["spare"]]
+            free = [tiles[name].at[slot] for name in ("high", "low") for slot in range(slots)]
+            free += [*tiles["z"].at[0].terms] + ([] if tiles["spare"] is None else [tiles["spare"]])
             lower = jnp.where(pairs.lower, overlaps[0], 0.0)
-            lower *= _gpu.columns(_gpu.vector(_steps(small, 0), 0), lower.shape)
+            lower *= _gpu.columns(_gpu.vector(small["vectors"].at[0, 0], 0), lower.shape)
             inverse = unit_lower_inverse(walk, lower, tuple(free[:2]), tuple(free[2:4]))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            weights[...] = inverse.astype(weights.dtype)
+            weights[...] = inverse
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(weights, inverse_g.at[row, head, n])
+            _gpu.send(weights, inverse_g.at[row, head, n])
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
-    per_head, square = gates[0], jax.ShapeDtypeStruct((*walk.state_shape(walk.count)[:3], chunk, chunk), query.dtype)
+    per_head = walk.template(*gates[0].shape)
+    square = walk.template(*walk.state_shape(walk.count)[:3], chunk, chunk)
     *chunks, inverse = walk.call(
         body,
         "prepare" if invert else "prepare_again",
-        (query, key, *gates, vectors, rules),
+        (query, key, *gates, steps, rules),
         (square, per_head, per_head, per_head, square if invert else None),
         {
-            "query": _gpu.tiles(1, chunk, walk.key_dim),
-            "key": _gpu.tiles(1, chunk, walk.key_dim),
-            "high": _gpu.tiles(1, chunk, walk.key_dim),
-            "low": _gpu.tiles(1, chunk, walk.key_dim),
-            "z": _gpu.tiles(chunk, walk.key_dim),
-            "zk": _gpu.tiles(chunk, walk.key_dim) if invert else None,
-            "weights": _gpu.tiles(chunk, chunk),
-            "spare": _gpu.tiles(chunk, chunk) if invert and walk.key_dim == TILE else None,
+            "query": walk.tiles(slots, chunk, width),
+            "key": walk.tiles(slots, chunk, width),
+            "high": _gpu.tiles(slots, chunk, width),
+            "low": _gpu.tiles(slots, chunk, width),
+            "z": walk.tiles(1, chunk, width),
+            "zk": walk.tiles(1, chunk, width) if invert else None,
+            "weights": walk.tiles(chunk, chunk),
+            "spare": _gpu.tiles(chunk, chunk) if invert and slots == walk.terms == 1 else None,
         },
-        walk.small_scratch(1, vectors, rules, arrays=4),
+        walk.small_scratch(slots, steps, rules, arrays=2, others=2),
         flops=2 * chunk * walk.key_dim * ((4 if invert else 3) * LEVELS + 5) + (36 * chunk * chunk if invert else 0),
         exponentials=walk.key_dim * (LEVELS + 2),
         blocks=walk.count,
@@ -242,68 +276,94 @@ def _prepare(walk: _gpu.Walk, query, key, gates, vectors, rules, *, scale, inver
     return tuple(chunks), inverse
 
 
-def _read(walk: _gpu.Walk, chunks, value, inverse, state, vectors, rules, *, save: bool, stages: int):
+def _slots(walk: _gpu.Walk, stages: int) -> int:
+    """For the tiles that a walk needs first, and then has refilled: one for each stage, or one, as float32 leaves no memory for more."""
+    return stages if walk.terms == 1 else 1
+
+
+def _walk_scratch(walk: _gpu.Walk, stages: int, slots: int, steps, across, rules) -> dict[str, Any]:
+    """Scratch memory for vectors and rules, and barriers: of what is needed all the time, first, and last."""
+    return walk.small_scratch(stages, steps, rules, arrays=1, others=1) | {
+        "across": plgpu.SMEM((stages, *across.shape[3:]), jnp.float32),
+        "first": plgpu.Barrier(num_arrivals=2 * walk.terms, num_barriers=slots),
+        "ready": plgpu.Barrier(num_arrivals=3 * walk.terms),
+    }
+
+
+def _read(walk: _gpu.Walk, chunks, value, inverse, state, steps, across, rules, *, save: bool, stages: int):
     """Output, final state, and states before the chunks if ``save``."""
     weights, asked, reading, writing = chunks
     chunk, width, stages = walk.chunk, TILE, min(stages, walk.count)
+    slots = _slots(walk, stages)
 
     def body(
-        weights_g, asked_g, reading_g, writing_g, value_g, inverse_g, state_g, vectors_g, rules_g,
+        weights_g, asked_g, reading_g, writing_g, value_g, inverse_g, state_g, steps_g, across_g, rules_g,
         out_g, final_g, states_g, *, tiles, small,
     ):  # fmt: skip
-        weights_s, asked_s, writing_s = (tiles[name] for name in ("weights", "asked", "writing"))
-        carried, out = tiles["carried"], tiles["out"]
-        full, ready = small["full"], small["ready"]
+        full, first, ready = small["full"], small["first"], small["ready"]
         row, head, block = walk.place()
         columns = pl.ds(block * width, width)
 
         def fetch(n, slot):
-            tokens = pl.ds(n * chunk, chunk)
-            walk.load(reading_g.at[row, tokens, head], tiles["reading"], slot, full)
-            walk.load(value_g.at[row, tokens, head, columns], tiles["value"], slot, full)
-            walk.load(inverse_g.at[row, head, n], tiles["inverse"], slot, full)
-            walk.load_small(vectors_g, rules_g, row, head, n, small, slot)
+            walk.load(value_g.at[row, pl.ds(n * chunk, chunk), head, columns], tiles["value"], slot, full)
+            walk.load(across_g.at[row, head, n], small["across"], slot, full)
+            walk.load_small(steps_g, rules_g, row, head, n, small, slot)
 
-        def fetch_rest(n):
-            # Needed last: one slot will do.
+        def fetch_first(n, slot):
+            walk.load(reading_g.at[row, pl.ds(n * chunk, chunk), head], tiles["reading"], slot, first)
+            walk.load(inverse_g.at[row, head, n], tiles["inverse"], slot, first)
+
+        def fetch_last(n):
+            # One slot will do.
             tokens = pl.ds(n * chunk, chunk)
-            plgpu.copy_gmem_to_smem(writing_g.at[row, tokens, head], writing_s, ready)
-            plgpu.copy_gmem_to_smem(asked_g.at[row, tokens, head], asked_s, ready)
-            plgpu.copy_gmem_to_smem(weights_g.at[row, head, n], weights_s, ready)
+            _gpu.fetch(writing_g.at[row, tokens, head], tiles["writing"].at[0], ready)
+            _gpu.fetch(asked_g.at[row, tokens, head], tiles["asked"].at[0], ready)
+            _gpu.fetch(weights_g.at[row, head, n], tiles["weights"].at[0], ready)
 
         def step(n, state):
-            slot = lax.rem(n, stages)
+            slot, early = lax.rem(n, stages), lax.rem(n, slots)
             plgpu.barrier_wait(full.at[slot])
-            reading, v, inverse = (tiles[name].at[slot] for name in ("reading", "value", "inverse"))
-            walk.decays(False, rules_g, small, slot).clear_padding(v)
+            plgpu.barrier_wait(first.at[early])
+            rules = walk.decays(False, rules_g, small, slot)
+            zero = walk.zero(rules)
+            reading, inverse = tiles["reading"].at[early + zero], tiles["inverse"].at[early + zero]
+            v, carried = tiles["value"].at[slot + zero], tiles["carried"].at[zero]
+            rules.clear_padding(v)
             if save:
                 # The store of the last copy has left shared memory; the output's may still be under way.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            carried[...] = state.astype(carried.dtype)
+            carried[...] = state
             # wgmma and TMA read through another proxy than the threads write.
             plgpu.commit_smem()
             if save:
-                plgpu.copy_smem_to_gmem(carried, states_g.at[row, head, n, :, columns])
-            v[...] = (as_float(v) - walk.matmul(reading, carried)).astype(v.dtype)
+                _gpu.send(carried, states_g.at[row, head, n, :, columns])
+            v[...] = as_float(v) - walk.matmul(reading, carried)
             plgpu.commit_smem()
-            v[...] = _gpu.scaled(_gpu.vector(_steps(small, slot), 1), walk.matmul(inverse, v)).astype(v.dtype)
+            v[...] = _gpu.scaled(_gpu.vector(small["vectors"].at[slot, 0], 1), walk.matmul(inverse, v))
+            # All threads have read what TMA refills, too.
             plgpu.commit_smem()
+            pl.when(n + slots < walk.count)(lambda: fetch_first(n + slots, early))
             plgpu.barrier_wait(ready)
-            o = walk.matmul(weights_s, v, walk.matmul(asked_s, carried))
+            zero = walk.zero(rules)
+            weights, asked, writing = (tiles[name].at[zero] for name in ("weights", "asked", "writing"))
+            carried, out = tiles["carried"].at[zero], tiles["out"].at[zero]
+            o = walk.matmul(weights, v, walk.matmul(asked, carried))
             # The store of the last output, the newest but for this step's copy of the state.
             plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)
             out[...] = o.astype(out.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out, out_g.at[row, pl.ds(n * chunk, chunk), head, columns])
-            state = walk.matmul(writing_s.T, v, _gpu.scaled(_across(small, slot, (0, walk.key_dim)), state))
-            # All threads have read the slots before TMA refills them, too.
+            decays = _gpu.vector(small["across"].at[slot, 0], 1)
+            state = walk.matmul(writing.T, v, _gpu.scaled(decays, state))
             plgpu.commit_smem()
-            pl.when(n + 1 < walk.count)(lambda: fetch_rest(n + 1))
+            pl.when(n + 1 < walk.count)(lambda: fetch_last(n + 1))
             pl.when(n + stages < walk.count)(lambda: fetch(n + stages, slot))
             return state
 
         lax.fori_loop(0, stages, lambda n, _: fetch(n, n), None)
-        fetch_rest(0)
+        lax.fori_loop(0, slots, lambda n, _: fetch_first(n, n), None)
+        fetch_last(0)
+        walk.number(rules_g, small)
         state = _gpu.load(state_g.at[row, head, :, columns], optimized=False)
         state = lax.fori_loop(0, walk.count, step, state)
         _gpu.store(final_g.at[row, head, :, columns], state)
@@ -313,88 +373,101 @@ def _read(walk: _gpu.Walk, chunks, value, inverse, state, vectors, rules, *, sav
     return walk.call(
         body,
         "read",
-        (weights, asked, reading, writing, value, inverse, state.astype(jnp.float32), vectors, rules),
+        (weights, asked, reading, writing, value, inverse, state.astype(jnp.float32), steps, across, rules),
         (
-            value,
+            jax.ShapeDtypeStruct(value.shape, value.dtype),
             jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
-            jax.ShapeDtypeStruct(walk.state_shape(walk.count), jnp.bfloat16) if save else None,
+            walk.template(*walk.state_shape(walk.count)) if save else None,
         ),
         {
-            "reading": _gpu.tiles(stages, chunk, walk.key_dim),
-            "value": _gpu.tiles(stages, chunk, width),
-            "inverse": _gpu.tiles(stages, chunk, chunk),
-            "writing": _gpu.tiles(chunk, walk.key_dim),
-            "asked": _gpu.tiles(chunk, walk.key_dim),
-            "weights": _gpu.tiles(chunk, chunk),
-            "carried": _gpu.tiles(walk.key_dim, width),
-            "out": _gpu.tiles(chunk, width),
+            "value": walk.tiles(stages, chunk, width),
+            "reading": walk.tiles(slots, chunk, walk.key_dim),
+            "inverse": walk.tiles(slots, chunk, chunk),
+            "writing": walk.tiles(1, chunk, walk.key_dim),
+            "asked": walk.tiles(1, chunk, walk.key_dim),
+            "weights": walk.tiles(1, chunk, chunk),
+            "carried": walk.tiles(1, walk.key_dim, width),
+            "out": _gpu.tiles(1, chunk, width, dtype=value.dtype),
         },
-        walk.small_scratch(stages, vectors, rules, arrays=3) | {"ready": plgpu.Barrier(num_arrivals=3)},
+        _walk_scratch(walk, stages, slots, steps, across, rules),
         flops=4 * chunk * walk.value_dim + 6 * walk.key_dim * walk.value_dim,
         exponentials=0,
         blocks=walk.value_dim // width,
     )
 
 
-def _unwind(walk: _gpu.Walk, chunks, dout, inverse, dfinal, vectors, rules, *, stages: int):
-    """dV, cotangents of the states after the chunks in bfloat16, and that of the initial state."""
+def _unwind(walk: _gpu.Walk, chunks, dout, inverse, dfinal, steps, across, rules, *, stages: int):
+    """dV, cotangents of the states after the chunks, and that of the initial state."""
     weights, asked, reading, writing = chunks
     chunk, width, last, stages = walk.chunk, TILE, walk.count - 1, min(stages, walk.count)
+    slots = _slots(walk, stages)
 
     def body(
-        weights_g, asked_g, reading_g, writing_g, dout_g, inverse_g, dfinal_g, vectors_g, rules_g,
+        weights_g, asked_g, reading_g, writing_g, dout_g, inverse_g, dfinal_g, steps_g, across_g, rules_g,
         dvalue_g, dstates_g, dstate_g, *, tiles, small,
     ):  # fmt: skip
-        inverse_s, asked_s, reading_s = (tiles[name] for name in ("inverse", "asked", "reading"))
-        carried, error = tiles["carried"], tiles["error"]
-        full, ready = small["full"], small["ready"]
+        full, first, ready = small["full"], small["first"], small["ready"]
         row, head, block = walk.place()
         columns = pl.ds(block * width, width)
 
         def fetch(i, slot):
-            tokens = pl.ds((last - i) * chunk, chunk)
-            walk.load(writing_g.at[row, tokens, head], tiles["writing"], slot, full)
-            walk.load(dout_g.at[row, tokens, head, columns], tiles["dout"], slot, full)
-            walk.load(weights_g.at[row, head, last - i], tiles["weights"], slot, full)
-            walk.load_small(vectors_g, rules_g, row, head, last - i, small, slot)
+            n = last - i
+            walk.load(dout_g.at[row, pl.ds(n * chunk, chunk), head, columns], tiles["dout"], slot, full)
+            walk.load(across_g.at[row, head, n], small["across"], slot, full)
+            walk.load_small(steps_g, rules_g, row, head, n, small, slot)
 
-        def fetch_rest(i):
-            # Needed last: one slot will do.
+        def fetch_first(i, slot):
+            n = last - i
+            walk.load(writing_g.at[row, pl.ds(n * chunk, chunk), head], tiles["writing"], slot, first)
+            walk.load(weights_g.at[row, head, n], tiles["weights"], slot, first)
+
+        def fetch_last(i):
+            # One slot will do.
             tokens = pl.ds((last - i) * chunk, chunk)
-            plgpu.copy_gmem_to_smem(inverse_g.at[row, head, last - i], inverse_s, ready)
-            plgpu.copy_gmem_to_smem(asked_g.at[row, tokens, head], asked_s, ready)
-            plgpu.copy_gmem_to_smem(reading_g.at[row, tokens, head], reading_s, ready)
+            _gpu.fetch(inverse_g.at[row, head, last - i], tiles["inverse"].at[0], ready)
+            _gpu.fetch(asked_g.at[row, tokens, head], tiles["asked"].at[0], ready)
+            _gpu.fetch(reading_g.at[row, tokens, head], tiles["reading"].at[0], ready)
 
         def step(i, dstate):
-            n, slot = last - i, lax.rem(i, stages)
+            n, slot, early = last - i, lax.rem(i, stages), lax.rem(i, slots)
             plgpu.barrier_wait(full.at[slot])
-            writing, do, weights = (tiles[name].at[slot] for name in ("writing", "dout", "weights"))
-            walk.decays(False, rules_g, small, slot).clear_padding(do)
+            plgpu.barrier_wait(first.at[early])
+            rules = walk.decays(False, rules_g, small, slot)
+            zero = walk.zero(rules)
+            writing, weights = tiles["writing"].at[early + zero], tiles["weights"].at[early + zero]
+            do, carried, error = tiles["dout"].at[slot + zero], tiles["carried"].at[zero], tiles["error"].at[zero]
+            rules.clear_padding(do)
             # The stores of the last step have left shared memory.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            carried[...] = dstate.astype(carried.dtype)
+            carried[...] = dstate
             # wgmma and TMA read through another proxy than the threads write.
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(carried, dstates_g.at[row, head, n, :, columns])
+            _gpu.send(carried, dstates_g.at[row, head, n, :, columns])
             dw = walk.matmul(weights.T, do, walk.matmul(writing, carried))
-            error[...] = _gpu.scaled(_gpu.vector(_steps(small, slot), 1), dw).astype(error.dtype)
+            error[...] = _gpu.scaled(_gpu.vector(small["vectors"].at[slot, 0], 1), dw)
+            # All threads have read what TMA refills, too.
             plgpu.commit_smem()
+            pl.when(i + slots < walk.count)(lambda: fetch_first(i + slots, early))
             plgpu.barrier_wait(ready)
-            dstate = walk.matmul(asked_s.T, do, _gpu.scaled(_across(small, slot, (0, walk.key_dim)), dstate))
-            dr = walk.matmul(inverse_s.T, error)
-            error[...] = dr.astype(error.dtype)
-            do[...] = (-dr).astype(do.dtype)
+            zero = walk.zero(rules)
+            inverse, asked, reading, error = (tiles[name].at[zero] for name in ("inverse", "asked", "reading", "error"))
+            decays = _gpu.vector(small["across"].at[slot, 0], 1)
+            dstate = walk.matmul(asked.T, do, _gpu.scaled(decays, dstate))
+            dr = walk.matmul(inverse.T, error)
+            error[...] = dr
+            do[...] = -dr
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(error, dvalue_g.at[row, pl.ds(n * chunk, chunk), head, columns])
-            dstate = walk.matmul(reading_s.T, do, dstate)
-            # All threads have read the slots before TMA refills them, too.
+            _gpu.send(error, dvalue_g.at[row, pl.ds(n * chunk, chunk), head, columns])
+            dstate = walk.matmul(reading.T, do, dstate)
             plgpu.commit_smem()
-            pl.when(i < last)(lambda: fetch_rest(i + 1))
+            pl.when(i < last)(lambda: fetch_last(i + 1))
             pl.when(i + stages < walk.count)(lambda: fetch(i + stages, slot))
             return dstate
 
         lax.fori_loop(0, stages, lambda i, _: fetch(i, i), None)
-        fetch_rest(0)
+        lax.fori_loop(0, slots, lambda i, _: fetch_first(i, i), None)
+        fetch_last(0)
+        walk.number(rules_g, small)
         dstate = _gpu.load(dfinal_g.at[row, head, :, columns], optimized=False)
         dstate = lax.fori_loop(0, walk.count, step, dstate)
         _gpu.store(dstate_g.at[row, head, :, columns], dstate)
@@ -404,36 +477,36 @@ def _unwind(walk: _gpu.Walk, chunks, dout, inverse, dfinal, vectors, rules, *, s
     return walk.call(
         body,
         "unwind",
-        (weights, asked, reading, writing, dout, inverse, dfinal.astype(jnp.float32), vectors, rules),
+        (weights, asked, reading, writing, dout, inverse, dfinal.astype(jnp.float32), steps, across, rules),
         (
-            dout,
-            jax.ShapeDtypeStruct(walk.state_shape(walk.count), jnp.bfloat16),
+            walk.template(*dout.shape),
+            walk.template(*walk.state_shape(walk.count)),
             jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
         ),
         {
-            "writing": _gpu.tiles(stages, chunk, walk.key_dim),
-            "dout": _gpu.tiles(stages, chunk, width),
-            "weights": _gpu.tiles(stages, chunk, chunk),
-            "inverse": _gpu.tiles(chunk, chunk),
-            "asked": _gpu.tiles(chunk, walk.key_dim),
-            "reading": _gpu.tiles(chunk, walk.key_dim),
-            "carried": _gpu.tiles(walk.key_dim, width),
-            "error": _gpu.tiles(chunk, width),
+            "dout": walk.tiles(stages, chunk, width),
+            "writing": walk.tiles(slots, chunk, walk.key_dim),
+            "weights": walk.tiles(slots, chunk, chunk),
+            "inverse": walk.tiles(1, chunk, chunk),
+            "asked": walk.tiles(1, chunk, walk.key_dim),
+            "reading": walk.tiles(1, chunk, walk.key_dim),
+            "carried": walk.tiles(1, walk.key_dim, width),
+            "error": walk.tiles(1, chunk, width),
         },
-        walk.small_scratch(stages, vectors, rules, arrays=3) | {"ready": plgpu.Barrier(num_arrivals=3)},
+        _walk_scratch(walk, stages, slots, steps, across, rules),
         flops=4 * chunk * walk.value_dim + 6 * walk.key_dim * walk.value_dim,
         exponentials=0,
         blocks=walk.value_dim // width,
     )
 
 
-def _recover(walk: _gpu.Walk, chunks, value, dout, dvalue, inverse, states, vectors, rules, *, scale):
-    """W [B, T, H, V], X and Y [B, H, N, C, C], in bfloat16, and Z.dR of the tokens [B, H, N, C] in float32."""
+def _recover(walk: _gpu.Walk, chunks, value, dout, dvalue, inverse, states, steps, rules, *, scale):
+    """W [B, T, H, V], X and Y [B, H, N, C, C], and Z.dR of the tokens [B, H, N, C] in float32."""
     reading, chunk = chunks[2], walk.chunk
 
     def body(
-        reading_g, value_g, dout_g, dvalue_g, inverse_g, states_g, vectors_g, rules_g,
-        written_g, scores_g, overlaps_g, steps_g, *, tiles, small,
+        reading_g, value_g, dout_g, dvalue_g, inverse_g, states_g, steps_g, rules_g,
+        written_g, scores_g, overlaps_g, dsteps_g, *, tiles, small,
     ):  # fmt: skip
         reading, v, do, dr = (tiles[name].at[0] for name in ("reading", "value", "dout", "dvalue"))
         inverse, before, full = tiles["inverse"].at[0], tiles["before"].at[0], small["full"]
@@ -448,63 +521,63 @@ def _recover(walk: _gpu.Walk, chunks, value, dout, dvalue, inverse, states, vect
             ("dout", dout_g.at[row, tokens, head]),
         ):
             walk.load(source, tiles[name], 0, full)
-        walk.load_small(vectors_g, rules_g, row, head, n, small, 0)
+        walk.load_small(steps_g, rules_g, row, head, n, small, 0)
         plgpu.barrier_wait(full.at[0])
         walk.decays(False, rules_g, small, 0).clear_padding(v, do)
-        steps = None
+        dsteps = None
         for my_v, my_dr, my_before in zip(*map(_gpu.parts, (v, dr, before))):
-            my_v[...] = (as_float(my_v) - walk.matmul(reading, my_before)).astype(v.dtype)
+            my_v[...] = as_float(my_v) - walk.matmul(reading, my_before)
             plgpu.commit_smem()
             z = walk.matmul(inverse, my_v)
             part = (as_float(my_dr) * z).sum(1)
-            steps = part if steps is None else steps + part
-            my_v[...] = _gpu.scaled(_gpu.vector(_steps(small, 0), 1), z).astype(v.dtype)
-        _gpu.store(steps_g.at[row, head, n], steps)
+            dsteps = part if dsteps is None else dsteps + part
+            my_v[...] = _gpu.scaled(_gpu.vector(small["vectors"].at[0, 0], 1), z)
+        _gpu.store(dsteps_g.at[row, head, n], dsteps)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(v, written_g.at[row, tokens, head])
+        _gpu.send(v, written_g.at[row, tokens, head])
         lower = Pairs(walk).lower
         # M is not needed any more.
-        inverse[...] = (scale * jnp.where(lower, walk.matmul(do, v.T), walk.matmul(v, do.T))).astype(v.dtype)
+        inverse[...] = scale * jnp.where(lower, walk.matmul(do, v.T), walk.matmul(v, do.T))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(inverse, scores_g.at[row, head, n])
+        _gpu.send(inverse, scores_g.at[row, head, n])
         overlaps = jnp.where(lower, walk.matmul(dr, v.T), walk.matmul(v, dr.T))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        inverse[...] = (-overlaps).astype(v.dtype)
+        inverse[...] = -overlaps
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(inverse, overlaps_g.at[row, head, n])
+        _gpu.send(inverse, overlaps_g.at[row, head, n])
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
-    written, *pairs, steps = walk.call(
+    written, *pairs, dsteps = walk.call(
         body,
         "recover",
-        (reading, value, dout, dvalue, inverse, states, vectors, rules),
+        (reading, value, dout, dvalue, inverse, states, steps, rules),
         (value, inverse, inverse, jax.ShapeDtypeStruct(inverse.shape[:-1], jnp.float32)),
         {
-            "reading": _gpu.tiles(1, chunk, walk.key_dim),
-            "value": _gpu.tiles(1, chunk, walk.value_dim),
-            "dout": _gpu.tiles(1, chunk, walk.value_dim),
-            "dvalue": _gpu.tiles(1, chunk, walk.value_dim),
-            "inverse": _gpu.tiles(1, chunk, chunk),
-            "before": _gpu.tiles(1, walk.key_dim, walk.value_dim),
+            "reading": walk.tiles(1, chunk, walk.key_dim),
+            "value": walk.tiles(1, chunk, walk.value_dim),
+            "dout": walk.tiles(1, chunk, walk.value_dim),
+            "dvalue": walk.tiles(1, chunk, walk.value_dim),
+            "inverse": walk.tiles(1, chunk, chunk),
+            "before": walk.tiles(1, walk.key_dim, walk.value_dim),
         },
-        walk.small_scratch(1, vectors, rules, arrays=6),
+        walk.small_scratch(1, steps, rules, arrays=6),
         flops=10 * chunk * walk.value_dim + 2 * walk.key_dim * walk.value_dim,
         exponentials=0,
         blocks=walk.count,
     )
-    return written, pairs, steps
+    return written, pairs, dsteps
 
 
 def _differentiate(
-    walk: _gpu.Walk, query, key, written, dout, dvalue, gates, scores, overlaps, vectors, rules, states, dstates, *, scale
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """dQ and dK [B, T, H, K] in bfloat16 and the gradient of the log decays [B, T, H, K] in float32, all per value head."""
+    walk: _gpu.Walk, query, key, written, dout, dvalue, gates, scores, overlaps, across, rules, states, dstates, *, scale
+) -> tuple[_gpu.Operand, _gpu.Operand, jax.Array]:  # fmt: skip
+    """dQ and dK [B, T, H, K] and the gradient of the log decays [B, T, H, K] in float32, all per value head."""
     chunk, width = walk.chunk, TILE
     key_blocks, warpgroups = walk.key_dim // width, walk.value_dim // width
 
     def body(
-        query_g, key_g, written_g, dout_g, dvalue_g, high_g, low_g, scores_g, overlaps_g, vectors_g, rules_g,
+        query_g, key_g, written_g, dout_g, dvalue_g, high_g, low_g, scores_g, overlaps_g, across_g, rules_g,
         states_g, dstates_g, dquery_g, dkey_g, dgates_g, *, tiles, small,
     ):  # fmt: skip
         q, k, w, do, dr = (tiles[name].at[0] for name in ("query", "key", "written", "dout", "dvalue"))
@@ -538,32 +611,44 @@ def _differentiate(
                 ("overlaps", overlaps_g.at[row, head, n]),
             ):
                 walk.load(source, tiles[name], 0, full)
-            walk.load_small(vectors_g, rules_g, row, head, n, small, 0)
+            walk.load_small(across_g, rules_g, row, head, n, small, 0)
+            walk.number(rules_g, small)
 
         plgpu.barrier_wait(full.at[0])
+        rules = walk.decays(False, rules_g, small, 0)
         if rules_g is not None:
-            rules = walk.decays(False, rules_g, small, 0)
             pl.when(me == 0)(lambda: rules.clear_padding(q, do))
             pl.when(me == warpgroups - 1)(lambda: rules.clear_padding(k))
             meet()
         pairs = Pairs(walk)
 
+        def again(*names):
+            # See ``Walk.zero``.
+            zero = walk.zero(rules)
+            return (tiles[name].at[zero] for name in names)
+
         def some(ref, mask):
-            x = _gpu.load(ref)
-            return jnp.where(mask, x, jnp.zeros_like(x))
+            terms = map(_gpu.load, ref.terms)
+            return _gpu.Operand(tuple(jnp.where(mask, x, jnp.zeros_like(x)) for x in terms))
 
         def add_sums(rule, gradients, place, total=None):
             # Through shared memory, as the right factor of a product.
-            place[...] = gradients.astype(place.dtype)
+            place[...] = gradients
             plgpu.commit_smem()
-            return walk.matmul(rule, place, total)
+            if walk.terms == 1:
+                return walk.matmul(rule, place, total)
+            # For want of registers, the total stays in its place.
+            sums[...] = walk.matmul(rule, place, _gpu.load(sums))
+            return None
 
         @pl.when(me == 0)
         def _dquery():
             held = sum((as_float(x) * as_float(y)).sum(1) for x, y in zip(_gpu.parts(before), _gpu.parts(after)))
-            crossing[...] = _across(small, 0, (block * width, width)) * held
+            crossing[...] = _gpu.vector(small["vectors"].at[0, 0, columns], 1) * held
             plgpu.commit_smem()
             dgates = _gpu.columns(_gpu.vector(crossing, 0), (chunk, width))
+            if walk.terms > 1:
+                sums[...], dgates = dgates, None
             dq = pairs.decays(pairs.upto(), (high, low)) * (scale * walk.matmul(do, before.T))
             z = do.at[:, pl.ds(0, width)]  # dO is not needed any more
             dgates = add_sums(pairs.upto(transposed=True), dq * as_float(q), z, dgates)
@@ -571,21 +656,26 @@ def _differentiate(
 
             def add_level(level, gradients):
                 dq, dgates = gradients
+                q, k, do, high, low, scores = again("query", "key", "dout", "high", "low", "scores")
+                z = do.at[:, pl.ds(0, width)]
                 decays = pairs.decays(pairs.level(level), (high, low))
-                z[...] = (decays * as_float(k)).astype(z.dtype)
+                z[...] = decays * as_float(k)
                 plgpu.commit_smem()
                 dx = decays * walk.matmul(some(scores, pairs.reading(level)), z)
                 return dq + dx, add_sums(pairs.level(level, transposed=True), dx * as_float(q), z, dgates)
 
             dq, dgates = lax.fori_loop(0, LEVELS, add_level, (dq, dgates))
+            if dgates is not None:
+                sums[...] = dgates
             # Not in the place of the queries, which the other warpgroup may still read.
-            sums[...] = dgates
-            z[...] = dq.astype(z.dtype)
+            z[...] = dq
             plgpu.commit_smem()
             plgpu.barrier_arrive(small["done"])
 
         @pl.when(me == warpgroups - 1)
         def _dkey():
+            q, k, w, dr, before, after = again("query", "key", "written", "dvalue", "before", "after")
+            high, low, scores = again("high", "low", "scores")
             # W and dR are not needed any more when their places are.
             zq, zk = (tile.at[:, pl.ds(0, width)] for tile in (w, dr))
             dk = pairs.decays(pairs.after(), (high, low)) * walk.matmul(w, after.T)
@@ -598,9 +688,12 @@ def _differentiate(
 
             def add_level(level, gradients):
                 dk, dgates = gradients
+                q, k, w, dr, high, low = again("query", "key", "written", "dvalue", "high", "low")
+                scores, overlaps = again("scores", "overlaps")
+                zq, zk = (tile.at[:, pl.ds(0, width)] for tile in (w, dr))
                 decays = pairs.decays(pairs.level(level), (high, low))
-                zq[...] = (decays * as_float(q)).astype(zq.dtype)
-                zk[...] = (decays * as_float(k)).astype(zk.dtype)
+                zq[...] = decays * as_float(q)
+                zk[...] = decays * as_float(k)
                 plgpu.commit_smem()
                 dx = walk.matmul(some(scores, pairs.written(level)), zq)
                 dx = decays * walk.matmul(some(overlaps, pairs.of(level)), zk, dx)
@@ -608,40 +701,39 @@ def _differentiate(
 
             dk, dgates = lax.fori_loop(0, LEVELS, add_level, (dk, dgates))
             plgpu.barrier_wait(small["done"])
-            sums[...] = dgates + _gpu.load(sums)
+            if dgates is not None:
+                sums[...] = dgates + _gpu.load(sums)
             q[...] = _gpu.load(do.at[:, pl.ds(0, width)])
-            k[...] = dk.astype(k.dtype)
+            k[...] = dk
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(sums, dgates_g.at[row, tokens, head, columns])
-            plgpu.copy_smem_to_gmem(q, dquery_g.at[row, tokens, head, columns])
-            plgpu.copy_smem_to_gmem(k, dkey_g.at[row, tokens, head, columns])
+            _gpu.send(q, dquery_g.at[row, tokens, head, columns])
+            _gpu.send(k, dkey_g.at[row, tokens, head, columns])
 
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
-    per_head = gates[0]
+    per_head = walk.template(*gates[0].shape)
     return walk.call(
         body,
         "differentiate",
-        (query, key, written, dout, dvalue, *gates, scores, overlaps, vectors, rules, states, dstates),
+        (query, key, written, dout, dvalue, *gates, scores, overlaps, across, rules, states, dstates),
         (per_head, per_head, jax.ShapeDtypeStruct(per_head.shape, jnp.float32)),
         {
-            "query": _gpu.tiles(1, chunk, width),
-            "key": _gpu.tiles(1, chunk, width),
-            "written": _gpu.tiles(1, chunk, walk.value_dim),
-            "dout": _gpu.tiles(1, chunk, walk.value_dim),
-            "dvalue": _gpu.tiles(1, chunk, walk.value_dim),
+            "query": walk.tiles(1, chunk, width),
+            "key": walk.tiles(1, chunk, width),
+            "written": walk.tiles(1, chunk, walk.value_dim),
+            "dout": walk.tiles(1, chunk, walk.value_dim),
+            "dvalue": walk.tiles(1, chunk, walk.value_dim),
             "high": _gpu.tiles(1, chunk, width),
             "low": _gpu.tiles(1, chunk, width),
-            "before": _gpu.tiles(1, width, walk.value_dim),
-            "after": _gpu.tiles(1, width, walk.value_dim),
-            "scores": _gpu.tiles(1, chunk, chunk),
-            "overlaps": _gpu.tiles(1, chunk, chunk),
-            "sums": plgpu.SMEM(
-                (chunk, width), jnp.float32, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-            ),
+            "before": walk.tiles(1, width, walk.value_dim),
+            "after": walk.tiles(1, width, walk.value_dim),
+            "scores": walk.tiles(1, chunk, chunk),
+            "overlaps": walk.tiles(1, chunk, chunk),
+            "sums": _gpu.tiles(chunk, width, dtype=jnp.float32),
         },
-        walk.small_scratch(1, vectors, rules, arrays=11)
+        walk.small_scratch(1, across, rules, arrays=9, others=2)
         | {
             "crossing": plgpu.SMEM((width,), jnp.float32),
             "together": plgpu.Barrier(num_arrivals=warpgroups),

@@ -148,6 +148,8 @@ def test_delta_rule(key_dim, value_dim, groups, kind, capfd):
         (linear_attention, "channels"),
         (delta_rule, "decay"),
         (delta_rule, "packed"),
+        (delta_rule, "channels"),
+        (delta_rule, "packed channels"),
     ],
 )
 @pytest.mark.parametrize("dim", [64, 128])
@@ -156,28 +158,30 @@ def test_matrix_states_in_float32(op, dim, kind, capfd):
     keys = jax.ShapeDtypeStruct((2, 1000, 4, dim), jnp.float32)
     values = jax.ShapeDtypeStruct((2, 1000, 16, dim), jnp.float32)
     steps = jax.ShapeDtypeStruct((2, 1000, 16), jnp.float32)
-    gates = jax.ShapeDtypeStruct((*steps.shape, dim), jnp.float32) if kind == "channels" else steps
+    gates = jax.ShapeDtypeStruct((*steps.shape, dim), jnp.float32) if "channels" in kind else steps
     state = jax.ShapeDtypeStruct((2, 16, dim, dim), jnp.float32)
-    others = (jax.ShapeDtypeStruct((2, 1000), jnp.int32),) if kind == "packed" else ()
+    others = (jax.ShapeDtypeStruct((2, 1000), jnp.int32),) if "packed" in kind else ()
 
     def call(query, key, value, gate, state, *more):
-        more, ids = (more[:-1], more[-1]) if kind == "packed" else (more, None)
+        more, ids = (more[:-1], more[-1]) if "packed" in kind else (more, None)
         return op(query, key, value, *more, gate, initial_state=state, segment_ids=ids, implementation="pallas")
 
     check(call, (keys, keys, values, gates, state) + ((steps,) if op is delta_rule else ()), others, capfd)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-def test_delta_rule_with_keys_of_256(packed, capfd):
+@pytest.mark.parametrize("channels", [False, True], ids=["decay", "channels"])
+def test_delta_rule_with_keys_of_256(channels, packed, capfd):
     tokens = jax.ShapeDtypeStruct((2, 1000, 6, 256), jnp.bfloat16)
     steps = jax.ShapeDtypeStruct((2, 1000, 6), jnp.float32)
+    gates = jax.ShapeDtypeStruct((2, 1000, 6, 256), jnp.float32) if channels else steps
     state = jax.ShapeDtypeStruct((2, 6, 256, 256), jnp.float32)
     others = (jax.ShapeDtypeStruct((2, 1000), jnp.int32),) if packed else ()
 
     def call(query, key, value, beta, gate, state, ids=None):
         return delta_rule(query, key, value, beta, gate, initial_state=state, segment_ids=ids, implementation="pallas")
 
-    check(call, (tokens, tokens, tokens, steps, steps, state), others, capfd)
+    check(call, (tokens, tokens, tokens, steps, gates, state), others, capfd)
 
 
 @pytest.mark.parametrize("kind", ["decay", "channels"])
