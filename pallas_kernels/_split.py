@@ -50,6 +50,10 @@ class Parts:
         """[B P, L, ...] -> [B, T, ...]."""
         return x.reshape(-1, self.count * self.length, *x.shape[2:])[:, : self.time]
 
+    def first(self, x: jax.Array) -> jax.Array:
+        """[B P, ...] -> [B, ...], that of the first part."""
+        return x.reshape(-1, self.count, *x.shape[1:])[:, 0]
+
     def last(self, x: jax.Array) -> jax.Array:
         """[B P, ...] -> [B, ...], that of the last part."""
         return x.reshape(-1, self.count, *x.shape[1:])[:, -1]
@@ -100,16 +104,6 @@ def decays_of(gates: jax.Array) -> tuple[jax.Array, jax.Array]:
     upto = lax.cumsum(gates, 2, reverse=True)
     after = jnp.concatenate([upto[:, :, 1:], jnp.zeros_like(upto[:, :, :1])], 2)
     return jnp.exp(after), jnp.exp(upto[:, :, 0])
-
-
-def products_of(factors: jax.Array, kind: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """As ``decays_of``, from decays [B, P, L, ...] themselves, whatever they are at padding."""
-    if kind is not None:
-        kind = kind.reshape(kind.shape + (1,) * (factors.ndim - 3))
-        factors = jnp.where(kind == START, 0.0, jnp.where(kind == PADDING, 1.0, factors))
-    upto = lax.associative_scan(jnp.multiply, factors, reverse=True, axis=2)
-    after = jnp.concatenate([upto[:, :, 1:], jnp.ones_like(upto[:, :, :1])], 2)
-    return after, upto[:, :, 0]
 
 
 def real(x: jax.Array, kind: jax.Array | None) -> jax.Array:

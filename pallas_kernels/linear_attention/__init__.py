@@ -55,7 +55,7 @@ def linear_attention(
     """
     if (reason := refusal(query, key, value, log_decay)) is not None:
         raise NotImplementedError(f"linear_attention: the kernel {reason}")
-    cut = _matrix.parts("linear_attention", query, value, log_decay, parts, fewest=2)
+    cut = _matrix.parts("linear_attention", query, value, log_decay, parts, fewest=3)
     whole_rows = functools.partial(_whole_rows, scale=scale)
     return _split.walked(cut, whole_rows, _states_before, (query, key, value, log_decay), initial_state, kind)
 

@@ -1,4 +1,4 @@
-r"""Elementwise linear recurrence on Hopper GPUs, forward and backward, for Pallas' Mosaic GPU lowering.
+r"""Elementwise linear recurrence on Hopper GPUs, forward, backward and summaries of parts, for Pallas' Mosaic GPU lowering.
 
 .. math:: h_t = a_t h_{t-1} + x_t
 
@@ -257,6 +257,75 @@ def backward(
     )
 
 
+def summary(
+    gate: Planes,
+    x: Planes,
+    kind: jax.Array | None,
+    *,
+    log: bool,
+    reverse: bool,
+    config: Config | None = None,
+) -> tuple[Planes, Planes]:
+    r"""What rows make of any state before them: A and U with :math:`h_T = A h_0 + U`, for rows that are parts of longer ones.
+
+    With ``reverse`` what the backward pass makes of any cotangent after them: :math:`\mu_0 = A \mu_T + U`, ``x`` being dh. Reads the rows once
+    and writes none.
+
+    Args:
+        gate: as for ``forward``.
+        x: planes ``[B, T, D]`` of the input or, with ``reverse``, of the cotangent of ``h``.
+        kind: as for ``forward``.
+        log: as for ``forward``.
+        reverse: from the last token to the first.
+        config: sizes of the pipeline; by default ``default_config``.
+
+    Returns:
+        ``(A, U)``: planes ``[B, D]`` in float32.
+    """
+    n = len(x)
+    walk = _Walk.over((*gate, *x), config)
+
+    def body(gate_g, x_g, product_g, state_g, kind_g, across_g, written_g, *, slots, rows, kinds, full, ready):
+        gate_s, x_s = slots[:n], slots[n:]
+
+        def fetch(block, slot):
+            for source, target in zip(gate_g + x_g, slots):
+                walk.load(source, block * walk.tokens, target.at[slot], full.at[slot])
+            walk.load_kinds(kind_g, block, kinds, slot, full)
+
+        def group(block, slot, first, carry):
+            product, h = carry[:n], carry[n:]
+            tokens = [first + i for i in range(_GROUP)]
+            tokens = tokens[::-1] if reverse else tokens
+            decays = [_decay(_read(gate_s, slot, t), log) for t in tokens]
+            inputs = [_read(x_s, slot, t) for t in tokens]
+            for t, a_t, x_t in zip(tokens, decays, inputs):
+                kind_t = walk.kind(kinds, block, slot, t)
+                zeros = _zeros(x_t)
+                product = _by_kind(kind_t, _multiply(a_t, product), start=zeros, padding=product)
+                if reverse:
+                    lam = _add(x_t, h)
+                    h = _by_kind(kind_t, _multiply(a_t, lam), start=zeros, padding=lam)
+                else:
+                    h = _by_kind(kind_t, _add(_multiply(a_t, h), x_t), start=x_t, padding=h)
+            return (*product, *h)
+
+        carry = walk.load_rows(product_g + state_g, rows, ready)
+        carry = walk.run(fetch, group, carry, full, reverse=reverse)
+        walk.store_rows(carry, rows, across_g + written_g)
+
+    zeros = (jnp.zeros((walk.batch, walk.channels), jnp.float32),) * n
+    return walk.call(
+        body,
+        "summary_reverse" if reverse else "summary",
+        loads=(gate, x),
+        rows=((jnp.ones_like(zeros[0]), *zeros[1:]), zeros),
+        kind=kind,
+        outputs=(walk.row_types(n), walk.row_types(n)),
+        log=log,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Walk:
     """A thread block's way through time: its copies and its pipeline. Methods from ``load`` on are for use in a kernel."""
@@ -340,9 +409,10 @@ class _Walk:
                 "ready": plgpu.Barrier(num_arrivals=len(jax.tree.leaves(rows))),
             },
             # Pallas puts a barrier before and after every store to shared memory. A thread meets only its own channels there, and before TMA
-            # reads or refills there is a `commit_smem`.
+            # reads or refills there is a `commit_smem`. Exponentials are those of the hardware, off by 2^-22 of themselves: the others take
+            # four times the instructions.
             "compiler_params": plgpu.CompilerParams(
-                lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
             ),
             "kernel_name": f"linear_recurrence_{name}_bd{self.width}_bt{self.tokens}",
             **_gpu.costs(cost),

@@ -67,7 +67,9 @@ def check(function, arrays, others, capfd):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64], ids=["f32", "bf16", "complex"])
-@pytest.mark.parametrize("shape", [(8, 4096, 2048), (3, 1000, 200)], ids=["full", "ragged"])
+@pytest.mark.parametrize(
+    "shape", [(8, 4096, 2048), (3, 1000, 200), (1, 8192, 512)], ids=["full", "ragged", "in parts"]
+)
 def test_linear_recurrence(shape, dtype, packed, capfd):
     is_complex = dtype == jnp.complex64
     tokens = jax.ShapeDtypeStruct(shape, dtype)
