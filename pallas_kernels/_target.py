@@ -1,7 +1,6 @@
 """Which accelerator a kernel is traced for."""
 
 import contextlib
-import contextvars
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ class Target(NamedTuple):
     """Run the kernel of that platform by interpretation, on any device."""
 
 
-_FORCED: contextvars.ContextVar[Target | None] = contextvars.ContextVar("pallas_kernels_target", default=None)
+# A context of JAX's: what is jitted or rematerialised is traced anew where it differs.
+_FORCED: Any = jax.make_user_context(default_value=None)
 _NAMES = {"cuda": "gpu", "rocm": "gpu"}
 
 
@@ -27,7 +27,7 @@ def target() -> Target:
     """That of ``interpreted``, else of the mesh that is set (its devices may be those of a topology that is not here), else the default
     backend's.
     """
-    if (forced := _FORCED.get()) is not None:
+    if (forced := _FORCED.value) is not None:
         return forced
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
@@ -53,18 +53,13 @@ def refusal() -> str | None:
 def interpreted(platform: str) -> Generator[None]:
     """Trace the kernels of ``platform`` ("tpu" or "gpu") and interpret them: their numbers, without the device.
 
-    It acts while a function is traced: a function that was jitted and called outside keeps what it was traced with.
-
     Raises:
         ValueError: another platform.
     """
     if platform not in ("tpu", "gpu"):
         raise ValueError(f"interpreted: `platform` is {platform!r}; expected 'tpu' or 'gpu'")
-    token = _FORCED.set(Target(platform, True))
-    try:
+    with _FORCED(Target(platform, True)):
         yield
-    finally:
-        _FORCED.reset(token)
 
 
 def gpu_interpreter() -> contextlib.AbstractContextManager[Any]:

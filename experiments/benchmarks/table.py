@@ -19,6 +19,7 @@ versions. To add yours:
     seqjax bench train        --out experiments/benchmarks/MACHINE/train.json
     seqjax bench loader       --out experiments/benchmarks/MACHINE/loader.json
     seqjax bench transformers --out experiments/benchmarks/MACHINE/transformers.json     # pip install 'seqjax[parity]'
+    seqjax bench models       --out experiments/benchmarks/DEVICE/models.json           # on a GPU or TPU
     bash scripts/device_check.sh      # kernels on a GPU or TPU: experiments/benchmarks/DEVICE/kernels.json
     python scripts/tpu_estimates.py   # kernels on TPUs that are not here: experiments/benchmarks/tpu_estimates.json
     python scripts/gpu_estimates.py   # and on a GPU that is not here: experiments/benchmarks/gpu_estimates.json

@@ -1,9 +1,8 @@
 """Choice of implementation and argument checks shared by every op."""
 
 import contextlib
-import contextvars
 from collections.abc import Generator, Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 Implementation: TypeAlias = Literal["reference", "xla", "pallas"]
 
 
-_KERNELS: contextvars.ContextVar[str] = contextvars.ContextVar("seqjax_kernels", default="auto")
+# A context of JAX's: what is jitted or rematerialised is traced anew where it differs.
+_KERNELS: Any = jax.make_user_context(default_value="auto")
 
 
 @contextlib.contextmanager
@@ -20,8 +20,8 @@ def prefer(kernels: str) -> Generator[None]:
 
     Args:
         kernels: "auto" as without it: a Pallas kernel where it was measured to be faster; "pallas": a kernel wherever there is one; "xla":
-            never one. A name that is passed to an op goes first. A function that was jitted and called before keeps what it was
-            traced with.
+            never one. A name that is passed to an op goes first. Jitted functions that were called in another such context are traced
+            anew.
 
     Raises:
         ValueError: another name.
@@ -33,11 +33,8 @@ def prefer(kernels: str) -> Generator[None]:
     """
     if kernels not in ("auto", "pallas", "xla"):
         raise ValueError(f"prefer: `kernels` is {kernels!r}; expected 'auto', 'pallas' or 'xla'")
-    token = _KERNELS.set(kernels)
-    try:
+    with _KERNELS(kernels):
         yield
-    finally:
-        _KERNELS.reset(token)
 
 
 def resolve_implementation(
@@ -56,7 +53,7 @@ def resolve_implementation(
         NotImplementedError: "pallas" was asked for and the kernel refuses.
     """
     if implementation is None:
-        kernels = _KERNELS.get()
+        kernels = _KERNELS.value
         wanted = preferred if kernels == "auto" else kernels == "pallas"
         return "pallas" if refusal is None and wanted else "xla"
     if implementation not in ("reference", "xla", "pallas"):

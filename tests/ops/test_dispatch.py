@@ -1,8 +1,11 @@
 """Choice of form and argument checks."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import interpreted
+from seqjax.ops import linear_recurrence, prefer
 from seqjax.ops._dispatch import check_shapes, resolve_implementation, state_dtype
 
 
@@ -20,6 +23,21 @@ def test_a_kernel_that_refuses_is_never_replaced_silently():
     assert resolve_implementation("op", None, "has its reasons", preferred=True) == "xla"
     with pytest.raises(NotImplementedError, match="op: the Pallas kernel has its reasons"):
         resolve_implementation("op", "pallas", "has its reasons")
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+def test_what_was_traced_with_one_preference_is_not_used_with_another(wrap):
+    x = jnp.ones((1, 4, 8))
+
+    @wrap
+    def function(x):
+        return linear_recurrence(x, log_decay=-x)[0]
+
+    for kernels, count in (("xla", 0), ("pallas", 1), ("xla", 0)):
+        with prefer(kernels), interpreted("tpu"):
+            assert str(jax.make_jaxpr(function)(x)).count("= pallas_call") == count
+    with prefer("pallas"):
+        assert "= pallas_call" not in str(jax.make_jaxpr(function)(x)), "no kernel runs on a CPU"
 
 
 def test_shapes_are_checked_against_each_other_and_against_numbers():
