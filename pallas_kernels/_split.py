@@ -132,7 +132,8 @@ def states_before(
         factor, more = part
         return times(factor, state) + more, state
 
-    final, states = lax.scan(step, first, (across.swapaxes(0, 1), written.swapaxes(0, 1)))
+    # Unrolled: a launch per part would cost more than the step.
+    final, states = lax.scan(step, first, (across.swapaxes(0, 1), written.swapaxes(0, 1)), unroll=8)
     return jnp.concatenate([states, final[None]]).swapaxes(0, 1)
 
 

@@ -169,7 +169,7 @@ class Instruction:
         return cycles
 
 
-LINE = re.compile(r"\s+(\S+):(.):(.):(.):(\d+)\s+/\*[0-9a-f]+\*/\s+(?:@(!?U?P[T\d])\s+)?([A-Z]\w*[\w.]*)\s*(.*?)\s*$")
+LINE = re.compile(r"\s*(\S+):(.):(.):(.):(\d+)\s+/\*[0-9a-f]+\*/\s+(?:@(!?U?P[T\d])\s+)?([A-Z]\w*[\w.]*)\s*(.*?)\s*$")
 
 
 def parse(text: str) -> list[Instruction]:

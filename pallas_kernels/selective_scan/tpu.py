@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _configs
+from pallas_kernels._split import Parts, merge, real
 from pallas_kernels._tokens import PADDING, START
 
 LANES, SUBLANES = 128, 8
@@ -76,6 +77,7 @@ def forward(
     state: jax.Array,
     kind: jax.Array | None,
     *,
+    cut: Parts | None = None,
     emit: bool,
     config: Config | None = None,
     interpret: bool = False,
@@ -86,15 +88,20 @@ def forward(
         x, delta: [B, T, D].
         A: [D, N].
         B, C: [B, T, N].
-        state: [B, D, N].
+        state: [B P, D, N], those before all parts.
         kind: [B, T] int32 or None: START (decay 0), ORDINARY, PADDING (decay 1, nothing written, y = 0).
+        cut: rows in P parts, walked as rows of a larger batch; None leaves them whole, P = 1.
         emit: return the states before the chunks, which ``backward`` needs.
         config: sizes of a step; None for ``default_config``.
         interpret: run as plain XLA, on any device.
 
     Returns:
-        (y [B, T, D] in x's dtype, final state [B, D, N] in float32, states before the chunks or None).
+        (y [B, T, D] in x's dtype, the states after all parts [B P, D, N] in float32, states before the chunks or None).
     """
+    if cut is not None:
+        (x, delta, B, C), kind = _rows(cut, [x, delta, B, C], kind)
+        y, final, starts = forward(x, delta, A, B, C, state, kind, emit=emit, config=config, interpret=interpret)
+        return cut.join(y), final, starts
     grid = _Grid.over(x, A, kind, config, reverse=False)
     tokens, columns, states = grid.tokens(), grid.columns(), grid.states()
     starts = ([grid.starts_shape()], [grid.starts()]) if emit else ([], [])
@@ -122,6 +129,7 @@ def backward(
     dy: jax.Array,
     dfinal: jax.Array,
     *,
+    cut: Parts | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -131,14 +139,19 @@ def backward(
     dB = \sum_d \lambda delta x, dC = \sum_d h dy.
 
     Args:
-        x, delta, A, B, C, kind, config, interpret: as in ``forward``.
+        x, delta, A, B, C, kind, cut, config, interpret: as in ``forward``.
         starts: its states before the chunks.
         dy: cotangent of y, not read at padding.
-        dfinal: cotangent of the final state.
+        dfinal: cotangents of the states after all parts.
 
     Returns:
-        cotangents of x, delta (in their dtypes), A, B, C and the state (float32).
+        cotangents of x, delta (in their dtypes), A, B, C and the states before all parts (float32).
     """
+    if cut is not None:
+        (x, delta, B, C, dy), kind = _rows(cut, [x, delta, B, C, dy], kind)
+        results = backward(x, delta, A, B, C, starts, kind, dy, dfinal, config=config, interpret=interpret)
+        dx, ddelta, dA, dB, dC, dstate = results
+        return cut.join(dx), cut.join(ddelta), dA, cut.join(dB), cut.join(dC), dstate
     grid = _Grid.over(x, A, kind, config, reverse=True)
     tokens, columns, states = grid.tokens(), grid.columns(), grid.states()
     sums = grid.sums()
@@ -161,6 +174,40 @@ def backward(
         interpret=interpret,
     )
     return dx, ddelta, jnp.sum(grid.unstate(dA), 0), grid.uncolumn(dB), grid.uncolumn(dC), grid.unstate(dstate)
+
+
+def carried(
+    values: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    columns: jax.Array,
+    kind: jax.Array | None,
+    *,
+    cut: Parts,
+    reverse: bool,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """As in ``gpu``. Parts fill idle GPUs; here they are for tests, and the kernels compute more than is used."""
+    steps = real(cut.cut(delta), cut.kinds(kind, delta.shape[0]))
+    total = jnp.sum(steps.astype(jnp.float32), 2)
+    (values, delta, columns), kind = _rows(cut, [values, delta, columns], kind)
+    none = jnp.zeros((delta.shape[0], *A.shape), jnp.float32)
+    if reverse:
+        starts = jnp.zeros(_Grid.over(delta, A, kind, None, reverse=True).starts_shape().shape, jnp.float32)
+        tokens = (jnp.zeros_like(delta), delta, A, jnp.zeros_like(columns), columns)
+        state = backward(*tokens, starts, kind, values, none, interpret=interpret)[-1]
+    else:
+        tokens = (values, delta, A, columns, jnp.zeros_like(columns))
+        state = forward(*tokens, none, kind, emit=False, interpret=interpret)[1]
+    some = slice(1, None) if reverse else slice(-1)
+    state = state.reshape(-1, cut.count, *A.shape)
+    return merge(state[:, some]), merge(total[:, some])
+
+
+def _rows(cut: Parts, tokens: list[jax.Array], kind: jax.Array | None) -> tuple[list[jax.Array], jax.Array | None]:
+    """Parts as rows."""
+    kinds = cut.kinds(kind, tokens[0].shape[0])
+    return [cut.rows(array) for array in tokens], None if kinds is None else merge(kinds)
 
 
 @dataclasses.dataclass(frozen=True)

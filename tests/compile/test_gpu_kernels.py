@@ -67,9 +67,7 @@ def check(function, arrays, others, capfd):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64], ids=["f32", "bf16", "complex"])
-@pytest.mark.parametrize(
-    "shape", [(8, 4096, 2048), (3, 1000, 200), (1, 8192, 512)], ids=["full", "ragged", "in parts"]
-)
+@pytest.mark.parametrize("shape", [(8, 4096, 2048), (3, 1000, 200), (1, 8192, 512)], ids=["full", "ragged", "in parts"])
 def test_linear_recurrence(shape, dtype, packed, capfd):
     is_complex = dtype == jnp.complex64
     tokens = jax.ShapeDtypeStruct(shape, dtype)
@@ -87,8 +85,11 @@ def test_linear_recurrence(shape, dtype, packed, capfd):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize(
     ("shape", "states"),
-    [((8, 4096, 2048), 16), ((8, 2048, 8192), 16), ((3, 1000, 200), 10), ((2, 20, 384), 3), ((8, 4096, 2048), 40)],
-    ids=["full", "wide", "ragged", "short", "deep"],
+    [
+        *[((8, 4096, 2048), 16), ((8, 2048, 8192), 16), ((3, 1000, 200), 10), ((2, 20, 384), 3)],
+        *[((8, 4096, 1536), 40), ((1, 8000, 2048), 16)],
+    ],
+    ids=["full", "wide", "ragged", "short", "deep", "in parts"],
 )
 def test_selective_scan(shape, states, dtype, packed, capfd):
     batch, time, channels = shape

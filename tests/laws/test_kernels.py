@@ -50,9 +50,9 @@ NEW_JAX = pytest.mark.skipif(
 LONG = {"linear_attention_channel_decay", "delta_rule_no_decay", "delta_rule_channel_decay"}
 
 
-def every(*, long: bool, but: str = ""):
+def every(*, long: bool):
     """Every kernel; ``long``: those of ``LONG`` are in the slow tier."""
-    specs = [(spec, pytest.mark.slow if long and spec.name in LONG else ()) for spec in SPECS if spec.name != but]
+    specs = [(spec, pytest.mark.slow if long and spec.name in LONG else ()) for spec in SPECS]
     return pytest.mark.parametrize("spec", [pytest.param(spec, id=repr(spec), marks=m) for spec, m in specs])
 
 
@@ -220,11 +220,15 @@ def test_eight_devices_over_rows_and_channels(spec):
 SHAPES = st.tuples(st.integers(1, 9), st.integers(2, 70), st.sampled_from([1, 5, 128, 130, 384]))
 
 
+PLATFORMS = pytest.mark.parametrize("platform", ["tpu", pytest.param("gpu", marks=[NEW_JAX, pytest.mark.slow])])
+
+
+@PLATFORMS
 @hypothesis.settings(
     max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(SHAPES, st.sampled_from(["float32", "bfloat16"]), st.booleans())
-def test_any_shape_and_mixed_decays(shape, dtype, packed):
+def test_any_shape_and_mixed_decays(platform, shape, dtype, packed):
     batch, time, dim = shape
     generator = np.random.default_rng(hash(shape) % 2**32)
     spec = SPECS[0]
@@ -237,7 +241,7 @@ def test_any_shape_and_mixed_decays(shape, dtype, packed):
     }
     ids = jnp.asarray(np.cumsum(generator.random((batch, time)) < 0.1, 1) % 4) if packed else None
     weights = harness.random_weights(jax.eval_shape(spec.call, inputs))
-    actual = compiled_gradients(spec, "tpu")(inputs, ids, weights)
+    actual = compiled_gradients(spec, platform)(inputs, ids, weights)
     assert_close_rms(actual, harness.oracle_gradients(spec, inputs, weights, ids), TOLERANCE[dtype])
 
 
@@ -283,6 +287,9 @@ def kernel_of(spec, inputs, kinds, parts):
         gate = inputs["log_decay" if log else "decay"]
         x = inputs["x"] if log else inputs["x"].astype(gate.dtype)
         return linear_recurrence_kernel.linear_recurrence(gate, x, state, kinds, log=log, parts=parts)
+    if spec.name == "selective_scan":
+        tokens = [inputs[name] for name in ("x", "delta", "A", "B", "C")]
+        return selective_scan_kernel.selective_scan(*tokens, state, kinds, parts=parts)
     tokens = [inputs[name] for name in ("query", "key", "value", "beta") if name in inputs]
     module = delta_rule_kernel.delta_rule if "beta" in inputs else linear_attention_kernel.linear_attention
     scale = inputs["query"].shape[-1] ** -0.5
@@ -292,8 +299,8 @@ def kernel_of(spec, inputs, kinds, parts):
 @pytest.mark.parametrize(
     "packed", [pytest.param(False, marks=pytest.mark.slow, id="whole"), pytest.param(True, id="packed")]
 )
-@every(long=True, but="selective_scan")
-def test_rows_in_parts(spec, packed, monkeypatch):
+@every_platform(long=True)
+def test_rows_in_parts(spec, platform, packed, monkeypatch):
     """Three parts, the last of them shorter; documents that begin, end and pause inside of parts and between them."""
     time = 300 if spec.name.startswith("linear_attention") else 75
     inputs = inputs_of(spec, time)
@@ -313,7 +320,7 @@ def test_rows_in_parts(spec, packed, monkeypatch):
 
     cuts, parts = [], _split.parts
     monkeypatch.setattr(_split, "parts", lambda *a, **options: cuts.append(parts(*a, **options)) or cuts[-1])
-    with pallas_kernels.interpreted("tpu"):
+    with pallas_kernels.interpreted(platform):
         (_, result), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs)
     assert [cut.count for cut in cuts] == [3], "rows were not cut as they should be"
     assert_close_rms(
@@ -368,6 +375,7 @@ MATRIX_SHAPES = st.fixed_dictionaries(
 )
 
 
+@PLATFORMS
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [linear_attention, delta_rule], ids=["linear_attention", "delta_rule"])
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
@@ -375,7 +383,7 @@ MATRIX_SHAPES = st.fixed_dictionaries(
     max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(MATRIX_SHAPES)
-def test_matrix_ops_of_any_shape_and_mixed_decays(op, decay, shape):
+def test_matrix_ops_of_any_shape_and_mixed_decays(op, decay, platform, shape):
     generator = np.random.default_rng(sum(shape.values()))
     batch, time, groups, key_dim = (shape[name] for name in ("batch", "time", "groups", "key_dim"))
     heads = groups * shape["repeats"]
@@ -400,12 +408,13 @@ def test_matrix_ops_of_any_shape_and_mixed_decays(op, decay, shape):
         call=functools.partial(specs_matrix.call, op=op, names=names),
     )
     weights = harness.random_weights(jax.eval_shape(spec.call, inputs))
-    with pallas_kernels.interpreted("tpu"):
+    with pallas_kernels.interpreted(platform):
         actual = harness.compiled_gradients.__wrapped__(spec, "pallas")(inputs, ids, weights)
     # Keys of few channels and steps near 1 leave little of a state: see above.
     expected = harness.oracle_gradients(spec, inputs, weights, ids)
     state = actual[1].pop("initial_state"), expected[1].pop("initial_state")
-    assert_close_rms(actual, expected, 3 * TOLERANCE["float32"])
+    # Products of pairs of bfloat16, on GPUs, are off by 2^-16 of their terms: that is more of a sum of two that nearly cancel.
+    assert_close_rms(actual, expected, TOLERANCE["float32"] * (3 if platform == "tpu" else 60))
     np.testing.assert_allclose(*state, atol=1e-4 * np.abs(weights[1]).max())
 
 
