@@ -277,6 +277,7 @@ class Walk:
         exponentials: int,
         blocks: int = 1,
         warpgroups: int = 1,
+        own_barriers: bool = False,
     ):
         """Launch ``body(*inputs, *outputs, tiles=, small=)`` over rows, heads and blocks.
 
@@ -291,6 +292,11 @@ class Walk:
             exponentials: per token and head.
             blocks: thread blocks per row and head.
             warpgroups: per thread block.
+            own_barriers: Pallas puts no barrier of the warpgroup around every store to shared memory and before every copy to it; the body has
+                those that it needs. A thread may overwrite what only its own warp reads and writes, such as a tile that it has loaded with
+                ``load``. A product is finished for the own warp only: between it and a store to its operands, or a copy, there is a
+                ``commit_smem``, a ``wait_smem_to_gmem`` (which ends with a barrier, too) or a meeting of warpgroups, and between a store and
+                what wgmma, TMA or other warps read there is a ``commit_smem``. The interpreter knows no warps and does not see the former.
         """
         outputs = jax.tree.map(lambda out: jax.ShapeDtypeStruct(out.shape, out.dtype), outputs)
         tokens = self.batch * self.heads * self.count * self.chunk
@@ -311,6 +317,7 @@ class Walk:
                 approx_math=True,
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
                 reduction_scratch_bytes=0,  # sums along rows need none, and warpgroups would share it without a barrier
+                unsafe_no_auto_barriers=own_barriers,
             ),
             kernel_name=f"{self.family}_{name}_k{self.key_dim}_v{self.value_dim}" + "_f32" * (self.terms - 1),
             **costs(cost),
@@ -339,8 +346,7 @@ class Walk:
         if rules_g is None:
             layout = plgpu.Layout.WGMMA.reduce(1)
             small["rules"][0] = plgpu.broadcasted_iota(jnp.int32, (self.chunk,), 0, layout=layout)
-            if self._scarce:  # `zero` reads it at once
-                plgpu.commit_smem()
+            plgpu.commit_smem()
 
     def decays(self, decaying: bool, rules_g, small, slot) -> "Decays":
         """Those of a chunk; gates, if there are any, are the first of the vectors."""
@@ -548,7 +554,7 @@ def scaled(factor, tile):
 
 
 def scale_rows(ref, factor):
-    """``scaled`` in shared memory. A store begins and ends with a barrier of the warpgroup, so wgmma has read what was there."""
+    """``scaled`` in shared memory; wgmma has to have read what was there, see ``own_barriers`` in ``Walk.call``."""
     if factor is not None and not (isinstance(factor, float) and factor == 1.0):
         for part in parts(ref):
             part[...] = scaled(factor, load(part).astype(jnp.float32)).astype(ref.dtype)

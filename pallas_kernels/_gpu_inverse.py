@@ -23,35 +23,39 @@ def unit_lower_inverse(walk: _gpu.Walk, tile, lower: tuple[Any, Any], parts: tup
     Args:
         walk: sizes.
         tile: A.
-        lower: references to shared memory [C, C] for its two parts in bfloat16.
-        parts: as many, for those of other operands.
+        lower: references to shared memory [C, C] for its two parts in bfloat16, which no warp reads any more.
+        parts: as many, for those of other operands. The last product may still read the first one.
     """
 
     def store(tile, parts):
         for part, term in zip(parts, _gpu.split(tile, 2)):
             part[...] = term
 
-    def times(x, tile):
-        parts[0][...] = tile.astype(jnp.bfloat16)
+    def times(x, tile, part):
+        # All warps have done the last product with this part: since then there was a barrier.
+        part[...] = tile.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        return walk.matmul(x.astype(jnp.bfloat16), parts[0])
+        return walk.matmul(x.astype(jnp.bfloat16), part)
 
     line, column = (plgpu.broadcasted_iota(jnp.int32, tile.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
 
     def double(i, x):
         below = jnp.where(((line >> i) ^ (column >> i)) == 1, _gpu.load(lower[0]).astype(jnp.float32), 0.0)
-        return x - times(times(x, below), x)
+        return x - times(times(x, below, parts[0]), x, parts[1])
 
     def refine(_, x):
+        plgpu.commit_smem()  # the last product has read its operand
         store(x, parts)
         plgpu.commit_smem()
         total = walk.matmul(lower[0], parts[0])
         total = walk.matmul(lower[0], parts[1], total)
         total = walk.matmul(lower[1], parts[0], total)
         error = jnp.where(line == column, 1.0, 0.0) - x - total
-        return x + times(x, error)
+        plgpu.commit_smem()
+        return x + times(x, error, parts[0])
 
     store(tile, lower)
+    plgpu.commit_smem()
     start = jnp.where(line == column, 1.0, jnp.where((line ^ column) == 1, -tile, 0.0))
     inverse = lax.fori_loop(1, (walk.chunk - 1).bit_length(), double, start)
     return lax.fori_loop(0, _REFINEMENTS[walk.terms], refine, inverse)

@@ -12,10 +12,11 @@ into chunks of C = 64. With S the state before a chunk, :math:`G_i` the sum of i
 
 Documents, padding and the precision of the decays are those of ``_gpu``.
 
-**Forward.** ``_prepare`` makes M, one thread block per chunk and head. :math:`\beta` scales columns inside of M, so its diagonal is 1
-and loses nothing in bfloat16. ``_read`` walks a row as in ``linear_attention``: the grid is (batch, heads, blocks of 64 value
-columns), the K x 64 part of the state is in registers, HBM sees query, key, value, M and output once. A pass that will be
-differentiated also stores the state before every chunk as the operand it is.
+**Forward.** ``_prepare`` makes M and P, which no state is needed for, one thread block per chunk and head. :math:`\beta` scales columns
+inside of M, so its diagonal is 1 and loses nothing in bfloat16. ``_read`` walks a row as in ``linear_attention``: the grid is (batch,
+heads, blocks of 64 value columns), the K x 64 part of the state is in registers, HBM sees query, key, value, M, P and output once. A
+pass that will be differentiated also stores the state before every chunk as the operand it is, and keeps M and P: to read P takes
+less time than to read the query and key it is made of.
 
 **Backward.** With dO and the cotangent D of the state after a chunk,
 
@@ -44,22 +45,26 @@ division by 0, a :math:`\beta` of 0 counts as a tiny one (``_tokens.nonzero``) i
 next to nothing, and dR_r, proportional to it, still has all the bits of bfloat16.
 
 **Shared memory** in KiB with its vectors and rules (2, as references are aligned), and how many thread blocks of an SM it and the
-registers leave room for. Stages are two for keys, values or dO, and M; one for queries, and in ``_differentiate``:
+registers leave room for. Stages are two for keys, and values or dO. A walk needs the other tiles for a part of a step only and has them
+refilled at its end, so they have one slot, as do all in ``_prepare`` and ``_differentiate``:
 
-    K, V       _prepare    _read and _unwind                           _differentiate
-    64, 64     42; 3       2 x 24 + Q 8 + S 8 + W 8 + 2 = 74; 3        5 x 8 + M 8 + S, D 16 + dL 8 + 2 = 74; 3
-    64, 128    42; 3       the same                                    16 + 48 + M 8 + S, D 32 + dL 8 + 2 = 114; 1
-    128, 64    50; 3       2 x 32 + Q 16 + S 16 + W 8 + 2 = 106; 2     32 + 24 + M 8 + S, D 32 + dL 8 + 2 = 106; 2
-    128, 128   50; 3       the same                                    5 x 16 + M 8 + S, D 64 + dL 8 + 2 = 162; 1
-    256, 64    66; 3       2 x 48 + Q 32 + S 32 + W 8 + 2 = 170; 1     64 + 24 + M 8 + S, D 64 + dL 8 + 2 = 170; 1
+    K, V       _prepare    _read and _unwind                                   _differentiate
+    64, 64     42; 3       2 x 16 + Q 8 + M, P 16 + S 8 + W 8 + 2 = 74; 3      5 x 8 + M 8 + S, D 16 + dL 8 + 2 = 74; 3
+    64, 128    42; 3       the same                                            16 + 48 + M 8 + S, D 32 + dL 8 + 2 = 114; 1
+    128, 64    42; 3       2 x 24 + Q 16 + M, P 16 + S 16 + W 8 + 2 = 106; 2   32 + 24 + M 8 + S, D 32 + dL 8 + 2 = 106; 2
+    128, 128   42; 3       the same                                            5 x 16 + M 8 + S, D 64 + dL 8 + 2 = 162; 1
+    256, 64    74; 3       2 x 40 + Q 32 + M, P 16 + S 32 + W 8 + 2 = 170; 1   64 + 24 + M 8 + S, D 64 + dL 8 + 2 = 170; 1
 
-K = 256 and float32, which takes twice as much but for two of the tiles of ``_prepare``, come with V = 64 only; ``_blocks`` cuts larger ones.
-In float32 there is one thread block: 146 (K = 64) and 210 in the walks and in ``_differentiate``.
+``_prepare``: Q and K, which make room for the inverse, 32 at least; P 8 and 2. K = 256 and float32, which takes twice as much, come with V = 64
+only; ``_blocks`` cuts larger ones. In float32 there is one thread block: 146 (K = 64) and 210 in the walks and in ``_differentiate``; ``_prepare``
+takes 50 and 82, with room for 3 and 2.
 
-**Registers** per thread: 159 in ``_prepare``; for K = 64, 128 and 256 up to 160, 218 and 255 in ``_read`` and up to 167, 239 and 254 in
-``_unwind``, 168 in ``_differentiate``, without spills (more than 168 leave room for 2 thread blocks only); in float32 up to 203 and 254, 193
-and 254, 185 and 250. For that, P goes through shared memory (the compiler would put off its decays until they meet the next sums), and sums
-along rows are stored at once.
+**Registers** per thread: up to 154 in ``_prepare``; for K = 64, 128 and 256 up to 153, 206 and 216 in ``_read`` and up to 168, 227 and 240 in
+``_unwind``, 168 in ``_differentiate``, without spills (more than 168 leave room for 2 thread blocks only); in float32 up to 181 and 221, 203
+and 240, 186 and 250. For that, sums along rows are stored at once.
+
+**Barriers.** Pallas would put two of a warpgroup around every store, which walks would spend a tenth of their time in. The kernels have their
+own (``own_barriers`` of ``_gpu.Walk.call``): a comment says for whom where it is not for the wgmma or TMA that follows.
 
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
 """
@@ -98,7 +103,7 @@ def forward(
     save: bool,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, tuple[_gpu.Operand, _gpu.Operand] | None]:
+) -> tuple[jax.Array, jax.Array, tuple[_gpu.Operand, ...] | None]:
     """Reads of all tokens and the state after the last.
 
     A length that is not a multiple of ``chunk`` costs copies of the token arrays, filled up with padding.
@@ -120,17 +125,17 @@ def forward(
 
     Returns:
         ``(output, final, residuals)``: output [B, T, H, V] in the dtype of ``value``, unspecified at padding; final state
-        [B, H, K, V] float32; residuals, or None: states before the chunks [B, H, N, K, V] and M [B, H, N, C, C].
+        [B, H, K, V] float32; residuals, or None: states before the chunks [B, H, N, K, V], M and P [B, H, N, C, C].
     """
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or default_config(walk.key_dim, walk.value_dim)
     query, key, value = walk.operands(query, key, value)
     small = _small(walk, beta, log_decay, document, boundary)
-    inverse = _prepare(walk, key, *small)
+    inverse, weights = _prepare(walk, query, key, *small, scale=scale)
     output, final, states = _read(
-        walk, query, key, value, inverse, state, *small, scale=scale, save=save, config=config
+        walk, query, key, value, inverse, weights, state, *small, scale=scale, save=save, config=config
     )
-    return output.array()[:, : walk.time], final, (states, inverse) if save else None
+    return output.array()[:, : walk.time], final, (states, inverse, weights) if save else None
 
 
 def backward(
@@ -141,7 +146,7 @@ def backward(
     log_decay: jax.Array | None,
     document: jax.Array | None,
     boundary: jax.Array | None,
-    residuals: tuple[_gpu.Operand, _gpu.Operand],
+    residuals: tuple[_gpu.Operand, ...],
     dout: jax.Array,
     dfinal: jax.Array,
     *,
@@ -173,9 +178,11 @@ def backward(
     walk = _gpu.Walk.over(_FAMILY, query, value, interpret)
     config = config or default_config(walk.key_dim, walk.value_dim)
     query, key, value, dout = walk.operands(query, key, value, dout.astype(value.dtype))
-    states, inverse = residuals
+    states, inverse, weights = residuals
     small = _small(walk, beta, log_decay, document, boundary)
-    dvalue, dstates, dstate = _unwind(walk, query, key, dout, inverse, dfinal, *small, scale=scale, config=config)
+    dvalue, dstates, dstate = _unwind(
+        walk, query, key, dout, inverse, weights, dfinal, *small, scale=scale, config=config
+    )
     dquery, dkey, sums = _differentiate(
         walk, query, key, value, dout, dvalue, inverse, states, dstates, *small, scale=scale
     )
@@ -203,58 +210,89 @@ def _decays(walk: _gpu.Walk, vectors_g, rules_g, small, slot) -> tuple[_gpu.Deca
     return walk.decays(count > 1, rules_g, small, slot), small["vectors"].at[slot, count - 1]
 
 
-def _prepare(walk: _gpu.Walk, key, vectors, rules) -> _gpu.Operand:
-    """M [B, H, N, C, C], see ``_gpu_inverse``."""
-    chunk = walk.chunk
+def _prepare(walk: _gpu.Walk, query, key, vectors, rules, *, scale) -> tuple[_gpu.Operand, _gpu.Operand]:
+    """M, see ``_gpu_inverse``, and P [B, H, N, C, C]; P is 0 for what padding reads and writes."""
+    chunk, width, terms = walk.chunk, TILE, walk.terms
+    blocks = range(walk.key_dim // width)
 
-    def body(key_g, vectors_g, rules_g, inverse_g, *, tiles, small):
-        key_s, lower, parts, full = tiles["key"], tiles["lower"], tiles["parts"], small["full"]
+    def body(query_g, key_g, vectors_g, rules_g, inverse_g, weights_g, *, tiles, small):
+        weights, full = tiles["weights"], small["full"]
         row, head, n = walk.place()
-        walk.load(key_g.at[row, pl.ds(n * chunk, chunk), head // walk.repeats], key_s, 0, full)
+        for block in blocks:
+            for name, source in (("query", query_g), ("key", key_g)):
+                columns = pl.ds(block * width, width)
+                source = source.at[row, pl.ds(n * chunk, chunk), head // walk.repeats, columns]
+                _gpu.fetch(source, tiles[name].at[block], full.at[0])
         walk.load_small(vectors_g, rules_g, row, head, n, small, 0)
         walk.number(rules_g, small)
-        k = key_s.at[0]
+        q, k = ([tiles[name].at[block] for block in blocks] for name in ("query", "key"))
         plgpu.commit_smem()
         plgpu.barrier_wait(full.at[0])
         decays, beta = _decays(walk, vectors_g, rules_g, small, 0)
-        decays.clear_padding(k)
+        decays.clear_padding(*q, *k)
 
-        tile = decays.pairs(walk.matmul(k, k.T), strict=True)
+        def overlaps(x):
+            total = None
+            for mine, other in zip(x, k):
+                total = walk.matmul(mine, other.T, total)
+            return total
+
+        weights[...] = decays.pairs(overlaps(q), scale)
+        plgpu.commit_smem()
+        _gpu.send(weights, weights_g.at[row, head, n])
+        tile = decays.pairs(overlaps(k), strict=True)
         tile *= _gpu.columns(_gpu.vector(beta, 0), tile.shape)
-        terms = parts.at[0], parts.at[1]
-        inverse = _gpu.Operand(terms[: walk.terms])
-        inverse[...] = unit_lower_inverse(walk, tile, (lower.at[0], lower.at[1]), terms)
+        # No warp needs queries and keys any more.
+        plgpu.commit_smem()
+        free = [ref for block in (*q, *k) for ref in block.terms]
+        free += [] if tiles["spare"] is None else [tiles["spare"].at[0], tiles["spare"].at[1]]
+        inverse = _gpu.Operand(tuple(free[2 : 2 + terms]))
+        tile = unit_lower_inverse(walk, tile, (free[0], free[1]), (free[2], free[3]))
+        plgpu.commit_smem()  # the last product has read its operand
+        inverse[...] = tile
         plgpu.commit_smem()
         _gpu.send(inverse, inverse_g.at[row, head, n])
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
+    square = walk.template(*walk.state_shape(walk.count)[:3], chunk, chunk)
     return walk.call(
         body,
         "prepare",
-        (key, vectors, rules),
-        walk.template(*walk.state_shape(walk.count)[:3], chunk, chunk),
+        (query, key, vectors, rules),
+        (square, square),
         {
-            "key": walk.tiles(1, chunk, walk.key_dim),
-            "lower": _gpu.tiles(2, chunk, chunk),
-            "parts": _gpu.tiles(2, chunk, chunk),
+            "query": walk.tiles(len(blocks), chunk, width),
+            "key": walk.tiles(len(blocks), chunk, width),
+            "weights": walk.tiles(chunk, chunk),
+            "spare": _gpu.tiles(2, chunk, chunk) if 2 * len(blocks) * terms < 4 else None,
         },
-        walk.small_scratch(1, vectors, rules, arrays=1),
-        flops=2 * chunk * walk.key_dim + 36 * chunk * chunk,
-        exponentials=0 if vectors.shape[3] == 1 else chunk,
+        walk.small_scratch(1, vectors, rules, arrays=2 * len(blocks)),
+        flops=4 * chunk * walk.key_dim + 36 * chunk * chunk,
+        exponentials=0 if vectors.shape[3] == 1 else 2 * chunk,
         blocks=walk.count,
+        own_barriers=True,
     )
 
 
-def _read(walk: _gpu.Walk, query, key, value, inverse, state, vectors, rules, *, scale, save, config):
+def _walk_scratch(walk: _gpu.Walk, stages: int, vectors, rules) -> dict[str, Any]:
+    """Scratch memory for vectors and rules, and barriers: of what has slots for the stages, and of what is needed first and last."""
+    return walk.small_scratch(stages, vectors, rules, arrays=2) | {
+        "first": plgpu.Barrier(num_arrivals=walk.terms),
+        "ready": plgpu.Barrier(num_arrivals=2 * walk.terms),
+    }
+
+
+def _read(walk: _gpu.Walk, query, key, value, inverse, weights, state, vectors, rules, *, scale, save, config):
     """Output, final state, and states before the chunks if ``save``."""
     chunk, width, stages = walk.chunk, TILE, min(config.stages, walk.count)
 
     def body(
-        query_g, key_g, value_g, inverse_g, state_g, vectors_g, rules_g, out_g, final_g, states_g, *, tiles, small
-    ):
-        key_s, value_s, inverse_s = (tiles[name] for name in ("key", "value", "inverse"))
-        full, ready = small["full"], small["ready"]
+        query_g, key_g, value_g, inverse_g, weights_g, state_g, vectors_g, rules_g, out_g, final_g, states_g,
+        *, tiles, small,
+    ):  # fmt: skip
+        key_s, value_s = tiles["key"], tiles["value"]
+        full, first, ready = small["full"], small["first"], small["ready"]
         row, head, block = walk.place()
         group, columns = head // walk.repeats, pl.ds(block * width, width)
 
@@ -262,24 +300,27 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, state, vectors, rules, *,
             tokens = pl.ds(n * chunk, chunk)
             walk.load(key_g.at[row, tokens, group], key_s, slot, full)
             walk.load(value_g.at[row, tokens, head, columns], value_s, slot, full)
-            walk.load(inverse_g.at[row, head, n], inverse_s, slot, full)
             walk.load_small(vectors_g, rules_g, row, head, n, small, slot)
 
-        def fetch_query(n):
-            # Needed last: one slot will do, and leaves room for another thread block.
+        # What is needed for a part of a step only: one slot will do, and leaves room for another thread block.
+        def fetch_first(n):
+            _gpu.fetch(inverse_g.at[row, head, n], tiles["inverse"].at[0], first)
+
+        def fetch_last(n):
             _gpu.fetch(query_g.at[row, pl.ds(n * chunk, chunk), group], tiles["query"].at[0], ready)
+            _gpu.fetch(weights_g.at[row, head, n], tiles["weights"].at[0], ready)
 
         def step(n, state):
             slot = lax.rem(n, stages)
             plgpu.barrier_wait(full.at[slot])
-            k, v, inverse = key_s.at[slot], value_s.at[slot], inverse_s.at[slot]
+            k, v = key_s.at[slot], value_s.at[slot]
             decays, beta = _decays(walk, vectors_g, rules_g, small, slot)
 
             def fixed():
                 zero = walk.zero(decays)
-                return [tiles[name].at[zero] for name in ("query", "carried", "written")]
+                return [tiles[name].at[zero] for name in ("query", "inverse", "weights", "carried", "written")]
 
-            q, carried, written = fixed()
+            _, inverse, _, carried, written = fixed()
             decays.clear_padding(k, v)
             if save:
                 # The store of the last copy has left shared memory; the output's may still be under way.
@@ -292,29 +333,30 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, state, vectors, rules, *,
             read = _gpu.scaled(decays.from_start(), walk.matmul(k, carried))
             v[...] = _gpu.load(v).astype(jnp.float32) - read
             plgpu.commit_smem()
+            plgpu.barrier_wait(first)
             w = _gpu.scaled(_gpu.vector(beta, 1), walk.matmul(inverse, v))
-            # The store of the last output, the newest but for this step's copy of the state.
+            # The store of the last output, the newest but for this step's copy of the state. All warps wait, so M has read what W replaces.
             plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)
             v[...] = w
             written[...] = _gpu.scaled(decays.to_end(), w)
+            # All threads have read what TMA refills, too.
             plgpu.commit_smem()
+            pl.when(n + 1 < walk.count)(lambda: fetch_first(n + 1))
             state = walk.matmul(k.T, written, _gpu.scaled(decays.across(), state))
             plgpu.barrier_wait(ready)
-            q, carried, written = fixed()
-            # Through shared memory, because registers are scarce.
-            written[...] = decays.pairs(walk.matmul(q, k.T), scale)
-            plgpu.commit_smem()
-            o = walk.matmul(written, v, _gpu.scaled(decays.from_start(scale), walk.matmul(q, carried)))
+            q, _, weights, carried, written = fixed()
+            o = walk.matmul(weights, v, _gpu.scaled(decays.from_start(scale), walk.matmul(q, carried)))
+            plgpu.commit_smem()  # all warps have read W for the state
             written[...] = o
-            # All threads have read the slot before TMA refills it, too.
             plgpu.commit_smem()
             _gpu.send(written, out_g.at[row, pl.ds(n * chunk, chunk), head, columns])
-            pl.when(n + 1 < walk.count)(lambda: fetch_query(n + 1))
+            pl.when(n + 1 < walk.count)(lambda: fetch_last(n + 1))
             pl.when(n + stages < walk.count)(lambda: fetch(n + stages, slot))
             return state
 
         lax.fori_loop(0, stages, lambda n, _: fetch(n, n), None)
-        fetch_query(0)
+        fetch_first(0)
+        fetch_last(0)
         walk.number(rules_g, small)
         plgpu.commit_smem()
         state = _gpu.load(state_g.at[row, head, :, columns], optimized=False)
@@ -327,33 +369,36 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, state, vectors, rules, *,
     return walk.call(
         body,
         "read",
-        (query, key, value, inverse, state.astype(jnp.float32), vectors, rules),
+        (query, key, value, inverse, weights, state.astype(jnp.float32), vectors, rules),
         (walk.template(*value.shape), jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32), states),
         {
             "query": walk.tiles(1, chunk, walk.key_dim),
             "key": walk.tiles(stages, chunk, walk.key_dim),
             "value": walk.tiles(stages, chunk, width),
-            "inverse": walk.tiles(stages, chunk, chunk),
+            "inverse": walk.tiles(1, chunk, chunk),
+            "weights": walk.tiles(1, chunk, chunk),
             "carried": walk.tiles(1, walk.key_dim, width),
             "written": walk.tiles(1, chunk, width),
         },
-        walk.small_scratch(stages, vectors, rules, arrays=3) | {"ready": plgpu.Barrier(num_arrivals=walk.terms)},
-        flops=2 * chunk * (walk.key_dim + 2 * walk.value_dim) + 6 * walk.key_dim * walk.value_dim,
-        exponentials=0 if vectors.shape[3] == 1 else chunk,
+        _walk_scratch(walk, stages, vectors, rules),
+        flops=4 * chunk * walk.value_dim + 6 * walk.key_dim * walk.value_dim,
+        exponentials=0,
         blocks=walk.value_dim // width,
+        own_barriers=True,
     )
 
 
-def _unwind(walk: _gpu.Walk, query, key, dout, inverse, dfinal, vectors, rules, *, scale, config):
+def _unwind(walk: _gpu.Walk, query, key, dout, inverse, weights, dfinal, vectors, rules, *, scale, config):
     """dV, cotangents of the states after the chunks, and that of the initial state."""
     chunk, width, last = walk.chunk, TILE, walk.count - 1
     stages = min(config.backward_stages, walk.count)
 
     def body(
-        query_g, key_g, dout_g, inverse_g, dfinal_g, vectors_g, rules_g, dvalue_g, dstates_g, dstate_g, *, tiles, small
+        query_g, key_g, dout_g, inverse_g, weights_g, dfinal_g, vectors_g, rules_g, dvalue_g, dstates_g, dstate_g,
+        *, tiles, small,
     ):  # fmt: skip
-        key_s, dout_s, inverse_s = (tiles[name] for name in ("key", "dout", "inverse"))
-        full, ready = small["full"], small["ready"]
+        key_s, dout_s = tiles["key"], tiles["dout"]
+        full, first, ready = small["full"], small["first"], small["ready"]
         row, head, block = walk.place()
         group, columns = head // walk.repeats, pl.ds(block * width, width)
 
@@ -361,38 +406,46 @@ def _unwind(walk: _gpu.Walk, query, key, dout, inverse, dfinal, vectors, rules, 
             tokens = pl.ds((last - i) * chunk, chunk)
             walk.load(key_g.at[row, tokens, group], key_s, slot, full)
             walk.load(dout_g.at[row, tokens, head, columns], dout_s, slot, full)
-            walk.load(inverse_g.at[row, head, last - i], inverse_s, slot, full)
             walk.load_small(vectors_g, rules_g, row, head, last - i, small, slot)
 
-        def fetch_query(i):
-            # Not needed to the end: one slot will do, and leaves room for another thread block.
+        # What is needed for a part of a step only: one slot will do, and leaves room for another thread block.
+        def fetch_first(i):
+            _gpu.fetch(weights_g.at[row, head, last - i], tiles["weights"].at[0], first)
+
+        def fetch_last(i):
             _gpu.fetch(query_g.at[row, pl.ds((last - i) * chunk, chunk), group], tiles["query"].at[0], ready)
+            _gpu.fetch(inverse_g.at[row, head, last - i], tiles["inverse"].at[0], ready)
 
         def step(i, dstate):
             n, slot = last - i, lax.rem(i, stages)
             plgpu.barrier_wait(full.at[slot])
-            k, do, inverse = key_s.at[slot], dout_s.at[slot], inverse_s.at[slot]
+            k, do = key_s.at[slot], dout_s.at[slot]
             decays, beta = _decays(walk, vectors_g, rules_g, small, slot)
             zero = walk.zero(decays)
-            q, carried, error = (tiles[name].at[zero] for name in ("query", "carried", "error"))
+            names = "query", "inverse", "weights", "carried", "error"
+            q, inverse, weights, carried, error = (tiles[name].at[zero] for name in names)
             # The stores of the last step have left shared memory.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             carried[...] = dstate
-            plgpu.barrier_wait(ready)
-            decays.clear_padding(k, q, do)
-            # Through shared memory, because registers are scarce.
-            error[...] = decays.pairs(walk.matmul(q, k.T), scale)
+            decays.clear_padding(k, do)
             plgpu.commit_smem()
             _gpu.send(carried, dstates_g.at[row, head, n, :, columns])
-            dw = walk.matmul(error.T, do, _gpu.scaled(decays.to_end(), walk.matmul(k, carried)))
+            dw = _gpu.scaled(decays.to_end(), walk.matmul(k, carried))
+            plgpu.barrier_wait(first)
+            dw = walk.matmul(weights.T, do, dw)
+            plgpu.commit_smem()  # all warps have read dO as it was
             _gpu.scale_rows(do, decays.from_start(scale))
             error[...] = _gpu.scaled(_gpu.vector(beta, 1), dw)
+            # All threads have read what TMA refills, too.
             plgpu.commit_smem()
-            dstate = walk.matmul(q.T, do, _gpu.scaled(decays.across(), dstate))
-            # All threads have read the query before TMA replaces it.
-            plgpu.commit_smem()
-            pl.when(i < last)(lambda: fetch_query(i + 1))
+            pl.when(i < last)(lambda: fetch_first(i + 1))
+            plgpu.barrier_wait(ready)
+            decays.clear_padding(q)
             dr = walk.matmul(inverse.T, error)
+            dstate = walk.matmul(q.T, do, _gpu.scaled(decays.across(), dstate))
+            # All warps have done both products; this is also what TMA waits for before it refills their operands.
+            plgpu.commit_smem()
+            pl.when(i < last)(lambda: fetch_last(i + 1))
             error[...] = dr
             do[...] = _gpu.scaled(decays.from_start(-1.0), dr)  # dO is not needed any more
             plgpu.commit_smem()
@@ -403,7 +456,8 @@ def _unwind(walk: _gpu.Walk, query, key, dout, inverse, dfinal, vectors, rules, 
             return dstate
 
         lax.fori_loop(0, stages, lambda i, _: fetch(i, i), None)
-        fetch_query(0)
+        fetch_first(0)
+        fetch_last(0)
         walk.number(rules_g, small)
         plgpu.commit_smem()
         dstate = _gpu.load(dfinal_g.at[row, head, :, columns], optimized=False)
@@ -415,7 +469,7 @@ def _unwind(walk: _gpu.Walk, query, key, dout, inverse, dfinal, vectors, rules, 
     return walk.call(
         body,
         "unwind",
-        (query, key, dout, inverse, dfinal.astype(jnp.float32), vectors, rules),
+        (query, key, dout, inverse, weights, dfinal.astype(jnp.float32), vectors, rules),
         (
             walk.template(*dout.shape),
             walk.template(*walk.state_shape(walk.count)),
@@ -425,14 +479,16 @@ def _unwind(walk: _gpu.Walk, query, key, dout, inverse, dfinal, vectors, rules, 
             "query": walk.tiles(1, chunk, walk.key_dim),
             "key": walk.tiles(stages, chunk, walk.key_dim),
             "dout": walk.tiles(stages, chunk, width),
-            "inverse": walk.tiles(stages, chunk, chunk),
+            "inverse": walk.tiles(1, chunk, chunk),
+            "weights": walk.tiles(1, chunk, chunk),
             "carried": walk.tiles(1, walk.key_dim, width),
             "error": walk.tiles(1, chunk, width),
         },
-        walk.small_scratch(stages, vectors, rules, arrays=3) | {"ready": plgpu.Barrier(num_arrivals=walk.terms)},
-        flops=2 * chunk * (walk.key_dim + 2 * walk.value_dim) + 6 * walk.key_dim * walk.value_dim,
-        exponentials=0 if vectors.shape[3] == 1 else chunk,
+        _walk_scratch(walk, stages, vectors, rules),
+        flops=4 * chunk * walk.value_dim + 6 * walk.key_dim * walk.value_dim,
+        exponentials=0,
         blocks=walk.value_dim // width,
+        own_barriers=True,
     )
 
 
@@ -520,6 +576,7 @@ def _differentiate(
             plgpu.commit_smem()
             z = walk.matmul(inverse, mine)
             store_sums(steps, block, sum_rows(dr.at[:, columns], z))
+            plgpu.commit_smem()  # all warps have done the product with what Z replaces
             mine[...] = _gpu.scaled(_gpu.vector(beta, 1), z)
         meet()
 
@@ -565,7 +622,8 @@ def _differentiate(
             dq = walk.matmul(dscores, my_k, dq)
             if decaying:
                 store_sums(inside, 3 * block + 2, sum_rows(my_q, dq))
-            # No product will read these columns again, in this warpgroup or another.
+            # No product will read these columns again, in this warp or another.
+            plgpu.commit_smem()
             my_q[...] = dq
             my_k[...] = dk
             plgpu.commit_smem()
@@ -599,4 +657,5 @@ def _differentiate(
         exponentials=2 * chunk if decaying else 0,
         blocks=walk.count,
         warpgroups=warpgroups,
+        own_barriers=True,
     )

@@ -134,7 +134,7 @@ def forward(
                 _gpu.send(carried, states_g.at[row, head, n, :, columns])
             scores = decays.pairs(walk.matmul(q, k.T), scale)
             o = walk.matmul(scores, v, _gpu.scaled(decays.from_start(scale), walk.matmul(q, carried)))
-            # The store of the last output, the newest but for this step's copy of the state.
+            # The store of the last output, the newest but for this step's copy of the state. All warps wait, so all have read the values.
             plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)
             out[...] = o.astype(out.dtype)
             _gpu.scale_rows(v, decays.to_end())
@@ -175,6 +175,7 @@ def forward(
         flops=2 * chunk * (walk.key_dim + walk.value_dim) + 4 * walk.key_dim * walk.value_dim,
         exponentials=0 if gates is None else chunk,
         blocks=walk.value_dim // width,
+        own_barriers=True,
     )
     return output[:, : walk.time], final, states
 
@@ -375,6 +376,7 @@ def backward(
         flops=5 * chunk * (walk.key_dim + walk.value_dim) + 8 * walk.key_dim * walk.value_dim,
         exponentials=0 if gates is None else 5 * chunk // 2,
         warpgroups=warpgroups,
+        own_barriers=True,
     )
     dquery, dkey = (walk.sum_heads(x).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
     dlog_decay = None

@@ -298,6 +298,7 @@ def _carry(
         flops=2 * chunk * walk.value_dim + 4 * walk.key_dim * walk.value_dim,
         exponentials=0,
         blocks=walk.value_dim // width,
+        own_barriers=True,
     )
 
 
