@@ -82,7 +82,7 @@ def test_another_architecture_names_the_fields_and_other_changes_are_noted(tmp_p
     assert check_same_run(tiny_config, tmp_path) == []
     notes = check_same_run(replaced(tiny_config, **{"steps": 99, "data.window": 8, "model.remat": "full"}), tmp_path)
     assert notes == [
-        "changed since this run began: model.remat was 'none', is 'full'",
+        "changed since this run began: model.remat was 'dots', is 'full'",
         "changed since this run began: data.window was 16, is 8",
         "changed since this run began: steps was 20, is 99",
     ]
