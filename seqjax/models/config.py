@@ -47,7 +47,7 @@ class LanguageModelConfig:
     """Storage type of the parameters."""
     remat: Literal["none", "full", "dots"] = "dots"
     """What the backward pass recomputes per block: nothing, everything, or all but the expensive, which are products with weights and
-    recurrences: half to a tenth of the memory of "none" in the same time or less, since what is left is cheaper to compute than to keep."""
+    recurrences: as a rule half to a quarter of the memory of "none" in no more time, since what is left is cheaper to compute than to keep."""
     scan_layers: bool = True
     """Run equal groups of blocks under one `jax.lax.scan`; False unrolls them (same parameters; readable tracebacks)."""
 
