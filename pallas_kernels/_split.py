@@ -118,6 +118,8 @@ def states_before(
     written: jax.Array,
     first: jax.Array,
     times: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply,
+    *,
+    reverse: bool = False,
 ) -> jax.Array:
     """The states before all parts [B, P, ...], S_{p+1} = across_p S_p + written_p.
 
@@ -126,7 +128,10 @@ def states_before(
         written: their U, [B, P - 1, ...].
         first: the state before the first part, [B, ...].
         times: the product of an A and a state.
+        reverse: the cotangents of the states after all parts, from that after the last; A and U are those of the parts but the first.
     """
+    if reverse:
+        return states_before(across[:, ::-1], written[:, ::-1], first, times)[:, ::-1]
 
     def step(state, part):
         factor, more = part

@@ -38,22 +38,12 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from seqjax.cli.bench import estimates, kernel_cases
-from seqjax.cli.bench.estimates import HEADS, Row
+from seqjax.cli.bench.estimates import H200, HEADS, Row
 from seqjax.cli.bench.kernel_cases import KernelCase
 from seqjax.cli.bench.op_cases import Sizes
 from seqjax.cli.bench.report import Report
 
 OUT = pathlib.Path(os.path.relpath(pathlib.Path(__file__).parents[1] / "experiments/benchmarks/gpu_estimates.json"))
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
-  device_memory_size: 150754820096 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 2 } device_description_str: "NVIDIA H200"
-"""
 SMS, SHARED_MEMORY, REGISTERS, THREADS, BLOCKS = 132, 233472, 65536, 2048, 32
 """Multiprocessors of an H200, and what one of them has; 1 KiB of the shared memory is lost to every block."""
 BANDWIDTH, PEAK = 4.3e12, 780e12

@@ -160,14 +160,12 @@ def _between(cut: _split.Parts, here: Target, rows, edge: Planes, *, log: bool, 
     """
 
     def parts(planes: Planes) -> jax.Array:
-        whole = _join(planes, edge[0].dtype) if len(planes) == 1 else jax.lax.complex(*planes)
-        whole = whole.reshape(-1, cut.count, whole.shape[-1])
-        return (whole[:, ::-1] if reverse else whole)[:, :-1]
+        whole = _join(planes, jnp.float32).reshape(-1, cut.count, planes[0].shape[-1])
+        return whole[:, 1:] if reverse else whole[:, :-1]
 
     across, written = _call(here, "summary", *rows, log=log, reverse=reverse)
-    first = edge[0].astype(jnp.float32) if len(edge) == 1 else jax.lax.complex(*edge)
-    states = _split.states_before(parts(across), parts(written), first)
-    return _planes(_split.merge(states[:, ::-1] if reverse else states))
+    states = _split.states_before(parts(across), parts(written), _join(edge, jnp.float32), reverse=reverse)
+    return _planes(_split.merge(states))
 
 
 def _conjugate(planes: Planes) -> Planes:

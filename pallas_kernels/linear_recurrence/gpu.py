@@ -122,9 +122,7 @@ def forward(
         gate_s, x_s = slots[:n], slots[n:]
 
         def fetch(block, slot):
-            for source, target in zip(gate_g + x_g, slots):
-                walk.load(source, block * walk.tokens, target.at[slot], full.at[slot])
-            walk.load_kinds(kind_g, block, kinds, slot, full)
+            walk.load_block(gate_g + x_g, kind_g, block, slots, kinds, slot, full)
 
         def group(block, slot, first, h):
             tokens = [first + i for i in range(_GROUP)]
@@ -289,9 +287,7 @@ def summary(
         gate_s, x_s = slots[:n], slots[n:]
 
         def fetch(block, slot):
-            for source, target in zip(gate_g + x_g, slots):
-                walk.load(source, block * walk.tokens, target.at[slot], full.at[slot])
-            walk.load_kinds(kind_g, block, kinds, slot, full)
+            walk.load_block(gate_g + x_g, kind_g, block, slots, kinds, slot, full)
 
         def group(block, slot, first, carry):
             product, h = carry[:n], carry[n:]
@@ -423,6 +419,12 @@ class _Walk:
         """Start the copy of the tokens from ``start`` on. TMA fills with zeros what lies past the end, where all is padding."""
         tokens = pl.ds(start, target.shape[0])
         plgpu.copy_gmem_to_smem(source.at[self._row(), tokens, self._columns()], target, barrier)
+
+    def load_block(self, sources, kind, block, slots, kinds, slot, full):
+        """Start the copies of a block of planes, and of its kinds."""
+        for source, target in zip(sources, slots):
+            self.load(source, block * self.tokens, target.at[slot], full.at[slot])
+        self.load_kinds(kind, block, kinds, slot, full)
 
     def load_kinds(self, source, block, kinds, slot, full):
         """Start the copy of a block's kinds, if there are any."""

@@ -157,10 +157,7 @@ def _through_parts(here, cut, values, delta, A, columns, kind, state, *, reverse
         starts = jnp.any(cut.cut(kind, PADDING) == START, 2)
         starts = starts[:, 1:] if reverse else starts[:, :-1]
         across = jnp.where(starts[..., None, None], 0.0, across)
-    if not reverse:
-        return _split.merge(_split.states_before(across, written, state))
-    states = _split.states_before(across[:, ::-1], written[:, ::-1], state)
-    return _split.merge(states[:, ::-1])
+    return _split.merge(_split.states_before(across, written, state, reverse=reverse))
 
 
 def _forward(x, delta, A, B, C, state, kind, here, cut):
@@ -177,7 +174,7 @@ def _backward(here, cut, residuals, cotangents):
         after = _through_parts(here, cut, dy, delta, A, C, kind, dfinal, reverse=True)
         gradients = _call(here, "backward", *residuals, dy, after, cut=cut)
     dx, ddelta, dA, dB, dC, dstate = gradients
-    dstate = dstate if cut is None else dstate.reshape(-1, cut.count, *dstate.shape[1:])[:, 0]
+    dstate = dstate if cut is None else cut.first(dstate)
     return dx, ddelta, dA.astype(A.dtype), dB.astype(B.dtype), dC.astype(C.dtype), dstate, None
 
 

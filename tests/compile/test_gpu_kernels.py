@@ -13,6 +13,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from seqjax.cli.bench.estimates import H200
 from seqjax.models import LanguageModel, preset
 from seqjax.ops import delta_rule, linear_attention, linear_recurrence, selective_scan
 from seqjax.tasks import NextToken
@@ -24,16 +25,6 @@ pytestmark = [
     pytest.mark.compile,
     pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the GPU kernels need jax 0.11 (Python 3.12)"),
 ]
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
-  device_memory_size: 150754820096 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 2 } device_description_str: "NVIDIA H200"
-"""
 
 
 def devices(count):

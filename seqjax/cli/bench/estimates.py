@@ -16,6 +16,17 @@ from seqjax.cli.bench.report import Common, Goal, Report, plain
 Row = dict[str, Any]
 HEADS = 16
 """Of the calls that are estimated."""
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
+  device_memory_size: 150754820096 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 2 } device_description_str: "NVIDIA H200"
+"""
+"""What the CUDA compiler has to know of a GPU that is not here: `target_config` of a topology."""
 
 
 @dataclasses.dataclass(frozen=True)

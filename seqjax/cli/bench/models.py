@@ -45,7 +45,7 @@ class Options(Common):
     """Tokens of a step; rows are tokens / T."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of matrix products."""
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots"] = models.LanguageModelConfig.remat
     """What our models recompute in the backward pass (`LanguageModelConfig.remat`)."""
     repeats: int = 5
     """Samples per figure, in turns; medians are shown."""
@@ -142,6 +142,14 @@ def ours(made: train.Program, tokens: np.ndarray) -> Candidate:
 # --- Measuring ---
 
 
+def attempt(make: Callable[[], Candidate]) -> Candidate | str:
+    """A candidate, or why there is none."""
+    try:
+        return make()
+    except Exception as error:  # whatever stops one candidate, the others are still worth their numbers
+        return first_line(error)
+
+
 def compare(name: str, time: int, baseline: Candidate | str, options: Options) -> list[dict[str, Any]]:
     """Rows of a preset in all its forms at one length, and of the baseline beside them.
 
@@ -152,11 +160,11 @@ def compare(name: str, time: int, baseline: Candidate | str, options: Options) -
     candidates: dict[str, Candidate] = {}
     reasons: dict[str, str] = {}
 
-    def add(form: str, make: Callable[[], Candidate]) -> None:
-        try:
-            candidates[form] = make()
-        except Exception as error:  # whatever stops one candidate, the others are still worth their numbers
-            reasons[form] = first_line(error)
+    def add(form: str, made: Candidate | str) -> None:
+        if isinstance(made, str):
+            reasons[form] = made
+        else:
+            candidates[form] = made
 
     def with_kernels(kernels: Literal["pallas", "xla"]) -> Candidate:
         made = program(name, kernels, time, options)
@@ -164,18 +172,15 @@ def compare(name: str, time: int, baseline: Candidate | str, options: Options) -
             raise NotImplementedError(f"no kernel runs on {jax.devices()[0].device_kind}")
         return ours(made, tokens)
 
-    add("pallas", lambda: with_kernels("pallas"))
-    add("xla", lambda: with_kernels("xla"))
+    add("pallas", attempt(lambda: with_kernels("pallas")))
+    add("xla", attempt(lambda: with_kernels("xla")))
     losses = [candidates[name].loss for name in ("pallas", "xla") if name in candidates]
     if losses and not max(losses) - min(losses) <= TOLERANCE[options.dtype] * abs(losses[0]):
         raise CheckFailed(
             f"{name}, T={time}: the first losses with and without kernels are {losses[0]} and {losses[1]}"
         )
-    add("fla", lambda: fla(name, time, options, tokens))
-    if isinstance(baseline, Candidate):
-        candidates["attention"] = baseline
-    else:
-        reasons["attention"] = baseline
+    add("fla", attempt(lambda: fla(name, time, options, tokens)))
+    add("attention", baseline)
 
     times = interleaved({form: candidate.step for form, candidate in candidates.items()}, options.repeats)
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -204,6 +209,12 @@ def compare(name: str, time: int, baseline: Candidate | str, options: Options) -
 def batch_of(name: str, time: int, options: Options) -> np.ndarray:
     """Random tokens [B, T + 1]."""
     return np.random.default_rng(0).integers(0, models.PRESETS[name].vocab_size, (options.tokens // time, time + 1))
+
+
+def transformer(time: int, options: Options) -> Candidate:
+    """The step of the model with attention."""
+    tokens = batch_of(options.baseline, time, options)
+    return ours(program(options.baseline, "auto", time, options), tokens)
 
 
 def fla(name: str, time: int, options: Options, tokens: np.ndarray) -> Candidate:
@@ -256,11 +267,7 @@ def run(options: Options, console: Console) -> Report:
                 break
             bar.update(task, description=f"{name} T={length}")
             if baseline is None or baseline_length != length:
-                try:
-                    made = program(options.baseline, "auto", length, options)
-                    baseline = ours(made, batch_of(options.baseline, length, options))
-                except Exception as error:
-                    baseline = first_line(error)
+                baseline = attempt(functools.partial(transformer, length, options))
                 baseline_length = length
             rows += compare(name, length, baseline, options)
             done += 1
