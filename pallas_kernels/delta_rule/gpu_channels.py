@@ -39,16 +39,16 @@ loses nothing to what they do to others. What crosses the chunk adds :math:`\sum
 has room for one thread block only, each has a warpgroup of its own.
 
 **Shared memory** in KiB with its vectors, decays across chunks and rules (2 or more, as references are aligned), and how many thread blocks of
-an SM it and the registers leave room for. ``_prepare`` has two slots for query, key and gates if there is more than one block of channels. In
+an SM it and the registers leave room for. ``_prepare`` has two slots for query, key and gates if blocks of channels come in several turns. In
 the walks, stages are two for A, V and M, or E, dO and P; one for the rest. A walk needs A and M, or E and P, before the rest, and has them
 refilled as soon as it has read them; so in float32, where two slots do not fit, they have one:
 
     K, V           _prepare                         _read and _unwind                                       _recover
     64, 64         6 x 8 + P 8 + 10 = 66; 2         2 x 24 + 3 x 8 + S 8 + O 8 + 3 = 91; 2                  4 x 8 + M 8 + S 8 + 2 = 50; 4
     64, 128        the same                         the same                                                8 + 3 x 16 + M 8 + S 16 + 2 = 82; 2
-    128, 64        2 x 32 + 16 + P 8 + 2 = 90; 2    2 x 32 + 2 x 16 + 8 + S 16 + O 8 + 3 = 131; 1           16 + 3 x 8 + M 8 + S 16 + 2 = 66; 3
+    128, 64        6 x 16 + P 8 + 2 = 106; 2        2 x 32 + 2 x 16 + 8 + S 16 + O 8 + 3 = 131; 1           16 + 3 x 8 + M 8 + S 16 + 2 = 66; 3
     128, 128       the same                         the same                                                4 x 16 + M 8 + S 32 + 2 = 106; 2
-    256, 64        the same                         2 x 48 + 2 x 32 + 8 + S 32 + O 8 + 4 = 212; 1           32 + 3 x 8 + M 8 + S 32 + 2 = 98; 2
+    256, 64        2 x 32 + 16 + P 8 + 2 = 90; 2    2 x 48 + 2 x 32 + 8 + S 32 + O 8 + 4 = 212; 1           32 + 3 x 8 + M 8 + S 32 + 2 = 98; 2
     64, 64 f32     48 + 32 + P 16 + 2 = 98; 2       32 + V 32 + 3 x 16 + S 16 + O 16 + 3 = 147; 1           4 x 16 + M 16 + S 16 + 2 = 98; 2
     128, 64 f32    2 x 48 + 32 + P 16 + 2 = 146; 1  48 + V 32 + 2 x 32 + 16 + S 32 + O 16 + 3 = 211; 1      32 + 3 x 16 + M 16 + S 32 + 2 = 130; 1
 
@@ -56,8 +56,8 @@ refilled as soon as it has read them; so in float32, where two slots do not fit,
 179; 1 in float32. K = 256 and float32 come with V = 64 only; ``_blocks`` cuts larger ones. Float32 with K = 256 does not fit: the state, R, A
 and E alone would be 256.
 
-**Registers** per thread, for K = 64, 128 and 256: up to 175 (more than 168 leave room for 2 thread blocks only), 237 and 232 in ``_prepare``, 140,
-177 and 174 without M; 150, 210 and 222 in ``_read``; 126, 190 and 201 in ``_unwind``; 134 in ``_recover``; 250 in ``_differentiate``, without spills. In
+**Registers** per thread, for K = 64, 128 and 256: up to 175 (more than 168 leave room for 2 thread blocks only), 250 and 232 in ``_prepare``, 140,
+183 and 174 without M; 150, 210 and 222 in ``_read``; 126, 190 and 201 in ``_unwind``; 134 in ``_recover``; 250 in ``_differentiate``, without spills. In
 float32, for K = 64 and 128, at most 251, 225 without M, 183, 224, 132 and 248; for the last, the sum of the gradients of the log decays waits in
 shared memory between products.
 
@@ -156,77 +156,94 @@ def _small(walk: _gpu.Walk, beta, log_decay, document) -> tuple[tuple[jax.Array,
 def _prepare(walk: _gpu.Walk, query, key, gates, steps, rules, *, scale):
     """(P [B, H, N, C, C], R, A and E [B, T, H, K]) and, if there are ``steps``, M [B, H, N, C, C]; 0 for what padding reads and writes.
 
-    Sums over channels are those over blocks of 64, which come one after another: so registers and memory do not depend on K.
+    Sums over channels are those over blocks of 64, which come in turns: so registers and memory do not grow with K. Two of a turn share its fences,
+    where there are no more than two and memory suffices.
     """
     chunk, width, invert = walk.chunk, TILE, steps is not None
     blocks, factors = walk.key_dim // width, ("z", "zk") if invert else ("z",)
-    slots = min(2, blocks)
+    together = 2 if blocks == 2 and walk.terms == 1 else 1
+    turns = blocks // together
+    slots = min(2, turns)
 
     def body(
         query_g, key_g, high_g, low_g, steps_g, rules_g, weights_g, asked_g, reading_g, writing_g, inverse_g,
         *, tiles, small,
     ):  # fmt: skip
-        weights, reading, full = tiles["weights"], tiles[factors[-1]].at[0], small["full"]
+        weights, full = tiles["weights"], small["full"]
         row, head, n = walk.place()
         tokens = pl.ds(n * chunk, chunk)
         pairs = Pairs(walk)
 
-        def fetch(block, slot):
-            columns = pl.ds(block * width, width)
-            for name, source in (
-                ("query", query_g.at[row, tokens, head // walk.repeats, columns]),
-                ("key", key_g.at[row, tokens, head // walk.repeats, columns]),
-                ("high", high_g.at[row, tokens, head, columns]),
-                ("low", low_g.at[row, tokens, head, columns]),
-            ):
-                walk.load(source, tiles[name], slot, full)
+        def columns(turn, i):
+            return pl.ds((turn * together + i) * width, width)
+
+        def places(slot, i, zero=0):
+            return (tiles[name].at[slot * together + i + zero] for name in ("query", "key", "high", "low"))
+
+        def fetch(turn, slot):
+            for i in range(together):
+                mine = (row, tokens, head // walk.repeats, columns(turn, i)), (row, tokens, head, columns(turn, i))
+                sources = query_g.at[mine[0]], key_g.at[mine[0]], high_g.at[mine[1]], low_g.at[mine[1]]
+                for source, target in zip(sources, places(slot, i)):
+                    _gpu.fetch(source, target, full.at[slot])
             walk.load_small(steps_g, rules_g, row, head, n, small, slot)
 
-        def add_block(block, totals):
-            slot, columns = 0 if slots == 1 else lax.rem(block, slots), pl.ds(block * width, width)
+        def add_turn(turn, totals):
+            slot = 0 if slots == 1 else lax.rem(turn, slots)
             plgpu.barrier_wait(full.at[slot])
             rules = walk.decays(False, rules_g, small, slot)
-            q, k, high, low = (tiles[name].at[slot] for name in ("query", "key", "high", "low"))
-            rules.clear_padding(q, k)
+            for i in range(together):
+                q, k, _, _ = places(slot, i)
+                rules.clear_padding(q, k)
+
+            def product(pairs_of_tiles, mask, total):
+                added = None
+                for x, y in pairs_of_tiles:
+                    added = walk.matmul(x, y.T, added)
+                return jnp.where(mask, added + total, total)
 
             def add_level(level, totals):
                 zero = walk.zero(rules)
-                q, k, high, low = (tiles[name].at[slot + zero] for name in ("query", "key", "high", "low"))
-                z, *zk = places = [tiles[name].at[zero] for name in factors]
-                decays = pairs.decays(pairs.level(level), (high, low))
-                # Queries where they read and keys where they are read: its products with itself are all that P needs.
-                z[...] = decays * jnp.where(pairs.second(level), as_float(q), as_float(k))
-                for place in zk:
-                    place[...] = decays * as_float(k)
+                factored = [[tiles[name].at[i + zero] for i in range(together)] for name in factors]
+                for i in range(together):
+                    q, k, high, low = places(slot, i, zero)
+                    z, *zk = (tile[i] for tile in factored)
+                    decays = pairs.decays(pairs.level(level), (high, low))
+                    # Queries where they read and keys where they are read: its products with itself are all that P needs.
+                    z[...] = decays * jnp.where(pairs.second(level), as_float(q), as_float(k))
+                    for place in zk:
+                        place[...] = decays * as_float(k)
                 # wgmma reads through another proxy than the threads write.
                 plgpu.commit_smem()
-                return tuple(
-                    jnp.where(pairs.of(level), walk.matmul(x, x.T) + total, total) for x, total in zip(places, totals)
-                )
+                mask = pairs.of(level)
+                return tuple(product(zip(tile, tile), mask, total) for tile, total in zip(factored, totals))
 
             scores, *overlaps = totals
-            scores = jnp.where(pairs.same, walk.matmul(q, k.T) + scores, scores)
+            scores = product([list(places(slot, i))[:2] for i in range(together)], pairs.same, scores)
             totals = lax.fori_loop(0, LEVELS, add_level, (scores, *overlaps))
 
-            @pl.when(block + 1 == blocks)
+            @pl.when(turn + 1 == turns)
             def _last():
                 weights[...] = jnp.where(pairs.lower, scale * totals[0], 0.0)
 
-            decays = pairs.decays(pairs.upto(), (high, low))
-            # R, A and E take the places of what they are made of, but for those of the gates.
-            q[...] = scale * decays * as_float(q)
-            reading[...] = decays * as_float(k)
-            k[...] = pairs.decays(pairs.after(), (high, low)) * as_float(k)
+            for i in range(together):
+                q, k, high, low = places(slot, i)
+                decays = pairs.decays(pairs.upto(), (high, low))
+                # R, A and E take the places of what they are made of, but for those of the gates.
+                q[...] = scale * decays * as_float(q)
+                tiles[factors[-1]].at[i][...] = decays * as_float(k)
+                k[...] = pairs.decays(pairs.after(), (high, low)) * as_float(k)
             plgpu.commit_smem()
-            _gpu.send(q, asked_g.at[row, tokens, head, columns])
-            _gpu.send(reading, reading_g.at[row, tokens, head, columns])
-            _gpu.send(k, writing_g.at[row, tokens, head, columns])
+            for i in range(together):
+                q, k, _, _ = places(slot, i)
+                for source, target in ((q, asked_g), (tiles[factors[-1]].at[i], reading_g), (k, writing_g)):
+                    _gpu.send(source, target.at[row, tokens, head, columns(turn, i)])
 
-            @pl.when(block + 1 < blocks)
+            @pl.when(turn + 1 < turns)
             def _next():
                 # The stores have left shared memory.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                pl.when(block + slots < blocks)(lambda: fetch(block + slots, slot))
+                pl.when(turn + slots < turns)(lambda: fetch(turn + slots, slot))
 
             return totals
 
@@ -235,11 +252,11 @@ def _prepare(walk: _gpu.Walk, query, key, gates, steps, rules, *, scale):
             fetch(slot, slot)
         nothing = plgpu.layout_cast(jnp.zeros((chunk, chunk), jnp.float32), plgpu.Layout.WGMMA)
         totals = (nothing, nothing) if invert else (nothing,)
-        _, *overlaps = lax.fori_loop(0, blocks, add_block, totals) if blocks > 1 else add_block(0, totals)
+        _, *overlaps = lax.fori_loop(0, turns, add_turn, totals) if turns > 1 else add_turn(0, totals)
         _gpu.send(weights, weights_g.at[row, head, n])
         if invert:
             # The gates and z are not needed any more.
-            free = [tiles[name].at[slot] for name in ("high", "low") for slot in range(slots)]
+            free = [tiles[name].at[slot] for name in ("high", "low") for slot in range(slots * together)]
             free += [*tiles["z"].at[0].terms] + ([] if tiles["spare"] is None else [tiles["spare"]])
             lower = jnp.where(pairs.lower, overlaps[0], 0.0)
             lower *= _gpu.columns(_gpu.vector(small["vectors"].at[0, 0], 0), lower.shape)
@@ -259,16 +276,16 @@ def _prepare(walk: _gpu.Walk, query, key, gates, steps, rules, *, scale):
         (query, key, *gates, steps, rules),
         (square, per_head, per_head, per_head, square if invert else None),
         {
-            "query": walk.tiles(slots, chunk, width),
-            "key": walk.tiles(slots, chunk, width),
-            "high": _gpu.tiles(slots, chunk, width),
-            "low": _gpu.tiles(slots, chunk, width),
-            "z": walk.tiles(1, chunk, width),
-            "zk": walk.tiles(1, chunk, width) if invert else None,
+            "query": walk.tiles(slots * together, chunk, width),
+            "key": walk.tiles(slots * together, chunk, width),
+            "high": _gpu.tiles(slots * together, chunk, width),
+            "low": _gpu.tiles(slots * together, chunk, width),
+            "z": walk.tiles(together, chunk, width),
+            "zk": walk.tiles(together, chunk, width) if invert else None,
             "weights": walk.tiles(chunk, chunk),
-            "spare": _gpu.tiles(chunk, chunk) if invert and slots == walk.terms == 1 else None,
+            "spare": _gpu.tiles(chunk, chunk) if invert and slots * together == walk.terms == 1 else None,
         },
-        walk.small_scratch(slots, steps, rules, arrays=2, others=2),
+        walk.small_scratch(slots, steps, rules, arrays=2 * together, others=2 * together),
         flops=2 * chunk * walk.key_dim * ((4 if invert else 3) * LEVELS + 5) + (36 * chunk * chunk if invert else 0),
         exponentials=walk.key_dim * (LEVELS + 2),
         blocks=walk.count,
