@@ -477,9 +477,9 @@ class Decays(NamedTuple):
         return self._numbers(1) & -self.chunk
 
 
-def tiles(*shape: int, dtype: Any = jnp.bfloat16):
-    """Scratch memory for operands of wgmma in bfloat16, and results."""
-    transforms = (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
+def tiles(*shape: int, dtype: Any = jnp.bfloat16, swizzle: int = 128):
+    """Scratch memory for operands of wgmma in bfloat16, and results; ``swizzle`` [bytes] where rows are shorter than 128."""
+    transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

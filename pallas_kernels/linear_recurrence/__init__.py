@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import _split, _target
 from pallas_kernels._remat import keep
@@ -108,7 +109,7 @@ def _planes(array: jax.Array) -> Planes:
     return (array.real, array.imag) if jnp.iscomplexobj(array) else (array,)
 
 
-def _join(planes: Planes, dtype: jnp.dtype) -> jax.Array:
+def _join(planes: Planes, dtype: DTypeLike) -> jax.Array:
     return planes[0].astype(dtype) if len(planes) == 1 else jax.lax.complex(*planes)
 
 

@@ -706,8 +706,7 @@ class _Walk:
 
 def _tiles(*shape: int, dtype):
     """Shared memory for rows of all states, swizzled."""
-    swizzle = _DEPTH * jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, _DEPTH)), plgpu.SwizzleTransform(swizzle)))
+    return _gpu.tiles(*shape, dtype=dtype, swizzle=_DEPTH * jnp.dtype(dtype).itemsize)
 
 
 def _vector(tokens, slot, t):
