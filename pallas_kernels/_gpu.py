@@ -78,11 +78,6 @@ def refusal(query_shape: tuple[int, ...], value_shape: tuple[int, ...], dtypes: 
     return None
 
 
-def head_sizes(dtype: Any) -> tuple[int, ...]:
-    """Sizes into which K and V may be cut: in float32, a tile takes up twice the memory."""
-    return HEADS if dtype == jnp.bfloat16 else HEADS[:1]
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operand:

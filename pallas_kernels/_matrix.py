@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _split, _target
-from pallas_kernels._blocks import Blocks, block_size
+from pallas_kernels._blocks import Blocks
 from pallas_kernels._tokens import ORDINARY, chunk_rules, chunks_of, decay_gradient, document_numbers, kind_rows
 
 
@@ -37,29 +37,22 @@ def per_channel(log_decay: jax.Array | None) -> bool:
     return log_decay is not None and log_decay.ndim == 4
 
 
-def blocks(query: jax.Array, value: jax.Array, *, widest: int | None) -> Blocks | None:
+def blocks(kernel: str, query: jax.Array, value: jax.Array, log_decay: jax.Array | None) -> Blocks | None:
     """How heads [B, T, G, K] and [B, T, H, V] are cut where this is traced, or None if they cannot be.
 
     Args:
+        kernel: its folder.
         query: the former.
         value: the latter.
-        widest: K of a GPU kernel in which K cannot be cut, at most.
+        log_decay: of whatever kind.
     """
     (groups, key_dim), (heads, value_dim) = query.shape[2:], value.shape[2:]
     key_block, value_block = key_dim, value_dim
     if _target.target().platform == "gpu":
-        from pallas_kernels import _gpu
-
-        sizes = _gpu.head_sizes(value.dtype)
-        if widest is None:
-            key_block = block_size(key_dim, sizes)
-        elif key_dim > widest:
+        sizes = gpu_module(kernel, log_decay).block_sizes(key_dim, value_dim, value.dtype)
+        if sizes is None:
             return None
-        elif key_dim <= _gpu.HEADS[-1]:
-            key_block = block_size(key_dim, _gpu.HEADS)
-        else:
-            key_block, sizes = widest, sizes[:1]  # shared memory holds no larger states
-        value_block = block_size(value_dim, sizes)
+        key_block, value_block = sizes
     return Blocks(groups, heads, key_dim, value_dim, key_block, value_block)
 
 
@@ -82,8 +75,6 @@ def refusal(
     key: jax.Array,
     value: jax.Array,
     log_decay: jax.Array | None,
-    *,
-    widest: int | None,
 ) -> str | None:
     """Why there is no kernel for this call where it is traced, or None.
 
@@ -93,7 +84,6 @@ def refusal(
         key: [B, T, G, K].
         value: [B, T, H, V].
         log_decay: [B, T, H], [B, T, H, K] or None.
-        widest: see ``blocks``.
     """
     if (reason := _target.refusal()) is not None:
         return reason
@@ -102,8 +92,8 @@ def refusal(
 
         if (reason := _gpu.refusal(query.shape, value.shape, (query.dtype, key.dtype, value.dtype))) is not None:
             return reason
-        if blocks(query, value, widest=widest) is None:
-            return f"for GPUs takes K of at most {widest} here; got {query.shape[3]}"
+        if blocks(kernel, query, value, log_decay) is None:
+            return f"for GPUs has no room for states with K of {query.shape[3]} in {value.dtype}"
         return None
     if not query.dtype == key.dtype == value.dtype or value.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes query, key and value of one dtype, float32 or bfloat16; got {query.dtype}, {key.dtype}, {value.dtype}"

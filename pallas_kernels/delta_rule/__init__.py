@@ -65,7 +65,7 @@ def delta_rule(
 
 def _whole_rows(query, key, value, beta, log_decay, state, kind, *, scale: float) -> tuple[jax.Array, jax.Array]:
     """As ``delta_rule``."""
-    heads = _matrix.blocks(query, value, widest=_widest(value))
+    heads = _matrix.blocks("delta_rule", query, value, log_decay)
     assert heads is not None  # `refusal` has let the call pass
     query, key, value, state = heads.of_keys(query), heads.of_keys(key), heads.of_values(value), heads.of_states(state)
     beta = heads.of_heads(beta)
@@ -102,12 +102,7 @@ def _states_before(cut: _split.Parts, query, key, value, beta, log_decay, state,
 
 def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array | None) -> str | None:
     """Why there is no kernel for this call where it is traced, or None."""
-    return _matrix.refusal("delta_rule", query, key, value, log_decay, widest=_widest(value))
-
-
-def _widest(value: jax.Array) -> int:
-    """Of the keys that the GPU kernels take: what fits shared memory."""
-    return 256 if value.dtype == jnp.bfloat16 else 128
+    return _matrix.refusal("delta_rule", query, key, value, log_decay)
 
 
 def is_preferred() -> bool:

@@ -77,11 +77,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _configs, _gpu
-from pallas_kernels._gpu import TILE, Config, plgpu
+from pallas_kernels._blocks import block_size
+from pallas_kernels._gpu import HEADS, TILE, Config, plgpu
 from pallas_kernels._gpu_inverse import unit_lower_inverse
 from pallas_kernels._tokens import nonzero
 
 _FAMILY = "delta_rule"
+
+
+def block_sizes(key_dim: int, value_dim: int, dtype: jnp.dtype) -> tuple[int, int] | None:
+    """Sizes of the one block of K and of the blocks of V in which heads are taken; None if shared memory holds no state of so many keys."""
+    values = HEADS if dtype == jnp.bfloat16 else HEADS[:1]
+    if key_dim <= HEADS[-1]:
+        return block_size(key_dim, HEADS), block_size(value_dim, values)
+    widest = 2 * HEADS[-1]
+    return (widest, HEADS[0]) if key_dim <= widest and dtype == jnp.bfloat16 else None
 
 
 def default_config(key_dim: int, value_dim: int) -> Config:

@@ -62,7 +62,7 @@ def linear_attention(
 
 def _whole_rows(query, key, value, log_decay, state, kind, *, scale: float) -> tuple[jax.Array, jax.Array]:
     """As ``linear_attention``."""
-    heads = _matrix.blocks(query, value, widest=None)
+    heads = _matrix.blocks("linear_attention", query, value, log_decay)
     assert heads is not None  # `refusal` has let the call pass
     query, key, value, state = heads.of_keys(query), heads.of_keys(key), heads.of_values(value), heads.of_states(state)
     if log_decay is not None:
@@ -100,7 +100,7 @@ def _states_before(cut: _split.Parts, query, key, value, log_decay, state, kinds
 
 def refusal(query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array | None) -> str | None:
     """Why there is no kernel for this call where it is traced, or None."""
-    return _matrix.refusal("linear_attention", query, key, value, log_decay, widest=None)
+    return _matrix.refusal("linear_attention", query, key, value, log_decay)
 
 
 def is_preferred() -> bool:

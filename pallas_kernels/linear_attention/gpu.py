@@ -49,9 +49,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _configs, _gpu
-from pallas_kernels._gpu import TILE, Config, plgpu
+from pallas_kernels._blocks import block_size
+from pallas_kernels._gpu import HEADS, TILE, Config, plgpu
 
 _FAMILY = "linear_attention"
+
+
+def block_sizes(key_dim: int, value_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
+    """Sizes of blocks in which K and V are taken: in float32, a tile takes up twice the memory."""
+    sizes = HEADS if dtype == jnp.bfloat16 else HEADS[:1]
+    return block_size(key_dim, sizes), block_size(value_dim, sizes)
 
 
 def default_config(key_dim: int, value_dim: int) -> Config:

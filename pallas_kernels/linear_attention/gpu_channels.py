@@ -59,10 +59,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _gpu
-from pallas_kernels._gpu import TILE, Config, plgpu
+from pallas_kernels._blocks import block_size
+from pallas_kernels._gpu import HEADS, TILE, Config, plgpu
 from pallas_kernels._gpu_channels import LEVELS, Pairs, as_float, split_gates
 
 _FAMILY = "linear_attention_channels"
+
+
+def block_sizes(key_dim: int, value_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
+    """As of ``gpu``."""
+    sizes = HEADS if dtype == jnp.bfloat16 else HEADS[:1]
+    return block_size(key_dim, sizes), block_size(value_dim, sizes)
 
 
 def forward(

@@ -511,7 +511,7 @@ def test_gpu_kernels_refuse_what_they_have_no_memory_or_precision_for():
     spec = next(spec for spec in SPECS if spec.name == "delta_rule_channel_decay")
     inputs = matrix_inputs_for_gpu(spec, "float32")
     with pallas_kernels.interpreted("gpu"):
-        with pytest.raises(NotImplementedError, match="for GPUs takes K of at most 128 here; got 192"):
+        with pytest.raises(NotImplementedError, match="for GPUs has no room for states with K of 192 in float32"):
             spec.call(matrix_inputs_for_gpu(spec, "float32", 192), implementation="pallas")
         with pytest.raises(NotImplementedError, match="one dtype, float32 or bfloat16; got float32, bfloat16, float32"):
             spec.call(inputs | {"key": inputs["key"].astype(jnp.bfloat16)}, implementation="pallas")
