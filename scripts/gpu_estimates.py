@@ -12,8 +12,9 @@ that decide branches are computed, so loops run as often as they would. Gives
   encoding), when the scoreboards that it waits on are free (``LATENCY``) and its unit is; wgmma, copies of TMA and their barriers as ``Clock`` says.
 
 A kernel takes the longest of: cycles of a unit times the blocks that a multiprocessor gets; latency times the rounds that it runs them in; bytes of
-its operands and results / bandwidth. What XLA does around the kernels: bytes of the operands and results of its instructions / bandwidth, at least
-``LAUNCH`` each. Roofline: the work the operation cannot do without (``seqjax.cli.bench.kernel_cases``).
+its operands and results / bandwidth. What XLA does around the kernels: bytes that its instructions read and write / bandwidth or operations of their
+products / peak, at least ``LAUNCH`` each; and the same for the XLA form of the operation, which leaves out what else bounds it, and what of its bytes
+stays in the cache. Roofline: the work the operation cannot do without (``seqjax.cli.bench.kernel_cases``).
 
 Not modelled: bank conflicts, caches, warps of a scheduler in each other's way (but for the sums), what a loaded memory adds to latencies, the
 clock's dependence on power, the start of blocks. Nothing here has been compared with a GPU: read ratios, not times.
@@ -570,13 +571,85 @@ def launch_of(log: Iterable[str]) -> dict[str, Any]:
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
           "c64": 8}  # fmt: skip
-FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple"}
+FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "fusion-done", "copy-done"}
 
 
 def shape_bytes(text: str) -> int:
     """Of all arrays in the text of a type."""
     arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", text)
     return sum(WIDTHS[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An instruction of an optimised module."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: list[str]
+    line: str
+
+    @classmethod
+    def of(cls, line: str) -> "Operation | None":
+        """From its text; None if that is no instruction."""
+        parts = re.match(r"  (?:ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)", line)
+        if not parts:
+            return None
+        name, kind, opcode, operands = parts.groups()
+        return cls(name, kind, opcode, re.findall(r"%([\w.\-]+)", operands), line)
+
+    def called(self, attribute: str) -> str:
+        """Name of a computation that it has as an attribute, or ""."""
+        found = re.search(rf"{attribute}=%([\w.\-]+)", self.line)
+        return found[1] if found else ""
+
+
+def fused_work(lines: list[str]) -> tuple[int, int]:
+    """Bytes read and written, and operations of the products, of a fused computation: of an array that is only sliced, the slices; of one that
+    is written in part, that part.
+    """
+    operations = {found.name: found for line in lines if (found := Operation.of(line))}
+
+    def source(name: str) -> str:
+        while name in operations and operations[name].opcode == "bitcast":
+            name = operations[name].operands[0]
+        return name
+
+    touched: dict[str, int] = collections.Counter()
+    flops = 0
+    for operation in operations.values():
+        if operation.opcode in FREE:
+            continue
+        for place, operand in enumerate(map(source, operation.operands)):
+            if operand not in operations or operations[operand].opcode != "parameter":
+                continue
+            if place == 0 and operation.opcode in ("dynamic-slice", "slice"):
+                touched[operand] += shape_bytes(operation.type)
+            elif place > 0 or operation.opcode != "dynamic-update-slice":
+                touched[operand] += shape_bytes(operations[operand].type)
+        if operation.opcode == "dot":
+            sides = [operations[operand].type for operand in operation.operands]
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", operation.line)
+            dims = [int(n) for n in re.findall(r"\d+", sides[0][sides[0].index("[") : sides[0].index("]")])]
+            depth = math.prod(dims[int(n)] for n in (contracted[1] if contracted else "").split(",") if n)
+            flops += 2 * depth * elements(operation.type)
+    reads = sum(min(size, shape_bytes(operations[name].type)) for name, size in touched.items())
+    (root,) = (Operation.of(line) for line in lines if line.startswith("  ROOT "))
+    assert root is not None
+    results = root.operands if root.opcode == "tuple" else [root.name]
+    written = 0
+    for result in map(source, results):
+        found = operations[result]
+        if found.opcode == "dynamic-update-slice":
+            found = operations[found.operands[1]]
+        written += shape_bytes(found.type)
+    return reads + written, flops
+
+
+def elements(text: str) -> int:
+    """Of the one array in the text of a type."""
+    return math.prod(int(n) for n in re.findall(r"\d+", text[text.index("[") : text.index("]")]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -592,6 +665,13 @@ class Launch:
     backward: bool
     times: int = 1
     """That it runs, in a loop."""
+    flops: int = 0
+    """Of the products in a kernel of XLA's."""
+
+    @property
+    def seconds(self) -> float:
+        """At least, of one of XLA's."""
+        return max(self.bytes / BANDWIDTH, self.flops / PEAK, LAUNCH)
 
 
 def launches(text: str) -> list[Launch]:
@@ -602,24 +682,27 @@ def launches(text: str) -> list[Launch]:
     def visit(name: str, times: int):
         sizes: dict[str, int] = {}
         for line in computations[name]:
-            parts = re.match(r"  (?:ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)", line)
-            if not parts:
+            operation = Operation.of(line)
+            if operation is None:
                 continue
-            result, kind, opcode, operands = parts.groups()
-            sizes[result] = shape_bytes(kind)
+            sizes[operation.name] = shape_bytes(operation.type)
             origin = re.search(r'op_name="([^"]*)"', line)
-            if opcode == "while":
+            if operation.opcode == "while":
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                body = re.search(r"body=%([\w.\-]+)", line)
-                assert body is not None
-                visit(body[1], times * int(trips[1] if trips else 1))
-            elif opcode not in FREE:
-                traffic = sizes[result] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
+                visit(operation.called("body"), times * int(trips[1] if trips else 1))
+            elif operation.opcode not in FREE:
+                traffic, flops = sizes[operation.name] + sum(sizes.get(operand, 0) for operand in operation.operands), 0
+                if operation.opcode.startswith("fusion"):
+                    traffic, flops = fused_work(computations[operation.called("calls")])
+                elif operation.opcode in ("dynamic-slice", "slice"):
+                    traffic = 2 * sizes[operation.name]
+                elif operation.opcode == "dynamic-update-slice":
+                    traffic = 2 * sizes.get(operation.operands[1], 0)
                 mosaic = 'custom_call_target="mosaic_gpu' in line
                 hashed = re.search(r'kernel_hash = "(.*?)", ', line)
                 back = "transpose(" in origin[1] if origin else bool(found) and found[-1].backward
                 called = origin[1].split("/")[-2] if mosaic and origin else ""
-                found.append(Launch(called, hashed[1] if mosaic and hashed else "", traffic, back, times))
+                found.append(Launch(called, hashed[1] if mosaic and hashed else "", traffic, back, times, flops))
 
     visit(entry, 1)
     return found
@@ -691,12 +774,14 @@ TARGETS = {
 Launches = list[tuple[Launch, Kernel | None]]
 
 
-def compiled(compiler: Callable[..., Launches], case: KernelCase, sizes: Sizes, time: int) -> dict[str, Launches]:
-    """The launches of every pass."""
+def compiled(
+    compiler: Callable[..., Launches], case: KernelCase, sizes: Sizes, time: int, form: str
+) -> dict[str, Launches]:
+    """The launches of every pass of the form, "pallas" or "xla"."""
     inputs, results = kernel_cases.shapes(case, sizes, time)
-    trained = compiler(kernel_cases.both(case, "pallas"), inputs, results)
+    trained = compiler(kernel_cases.both(case, form), inputs, results)
     return {
-        "forward": compiler(kernel_cases.forward(case, "pallas"), inputs),
+        "forward": compiler(kernel_cases.forward(case, form), inputs),
         "training forward": [entry for entry in trained if not entry[0].backward],
         "backward": [entry for entry in trained if entry[0].backward],
     }
@@ -741,7 +826,7 @@ class Estimate:
     def of(cls, found: Launches, hertz: float) -> "Estimate":
         """From what was compiled."""
         calls: dict[str, Any] = {}
-        around = sum(launch.times * max(launch.bytes / BANDWIDTH, LAUNCH) for launch, kernel in found if kernel is None)
+        around = sum(launch.times * launch.seconds for launch, kernel in found if kernel is None)
         times = [("xla", around, "")]
         for launch, kernel in found:
             if kernel is None:
@@ -764,8 +849,10 @@ def short(name: str) -> str:
 VERBS = ("forward", "backward", "prepare", "read", "unwind", "differentiate", "invert")
 
 
-def estimate_rows(case: KernelCase, dim: int, found: list[dict[str, Launches]], hertz: float) -> list[Row]:
-    """One row per pass, from the launches of every pass in every one of ``SETTINGS``."""
+def estimate_rows(
+    case: KernelCase, dim: int, found: list[dict[str, Launches]], without: dict[str, Launches], hertz: float
+) -> list[Row]:
+    """One row per pass, from the launches of every pass in every one of ``SETTINGS`` and, for the first, of the form ``without`` kernels."""
     estimate = [{part: Estimate.of(entry[part], hertz) for part in PASSES} for entry in found]
     batch, time = SETTINGS[0]
     necessary = kernel_cases.work(case, Sizes(batch, HEADS, dim, "bfloat16"), time)
@@ -773,6 +860,7 @@ def estimate_rows(case: KernelCase, dim: int, found: list[dict[str, Launches]], 
     for part in PASSES:
         first = estimate[0][part]
         whole = first.kernels + first.around
+        form = sum(launch.times * launch.seconds for launch, _ in without[part])
         least = necessary["backward" if part == "backward" else "forward"].seconds(BANDWIDTH, PEAK)
         row: Row = {
             "kernel": case.name,
@@ -785,6 +873,8 @@ def estimate_rows(case: KernelCase, dim: int, found: list[dict[str, Launches]], 
             "roofline ms": 1e3 * least,
             "over roofline": whole / least,
             "bounds": first.bounds,
+            "xla form ms": 1e3 * form,
+            "xla form over whole": form / whole,
         }
         for other, (_, length) in zip(estimate[1:], SETTINGS[1:]):
             row[f"T={length} ms"] = 1e3 * (other[part].kernels + other[part].around)
@@ -800,7 +890,7 @@ def estimate_rows(case: KernelCase, dim: int, found: list[dict[str, Launches]], 
 
 def limits(row: Row) -> dict[str, float]:
     """The goals of a row."""
-    found = {"over roofline": 2.0}
+    found = {"over roofline": 2.0, "xla form over whole": 2.0}
     if (row["kernel"], row["pass"]) in TARGETS:
         found["over published"] = TARGETS[row["kernel"], row["pass"]]
     return found
@@ -808,8 +898,9 @@ def limits(row: Row) -> dict[str, float]:
 
 NOTES = [
     "A model of the machine code, compared with no GPU: read ratios. kernels: of each the longest of occupied units, latency (its blocks one after "
-    "another as far as they do not fit beside each other) and bytes; xla: bytes of the instructions around them, at least 2 us each; roofline: "
-    "necessary bytes at 4.3 TB/s and matrix products in chunks of 64 at 780 TFLOP/s. training forward also writes what the backward pass needs.",
+    "another as far as they do not fit beside each other) and bytes; xla: bytes of the instructions around them, at least 2 us each; xla form: the same "
+    "and the products of the operation without kernels, which is what jax < 0.11 and other cards get; roofline: necessary bytes at 4.3 TB/s and matrix "
+    "products in chunks of 64 at 780 TFLOP/s. training forward also writes what the backward pass needs.",
     "bounds: what takes a fifth of the whole or more, its share of it and, of kernels, what bounds them: issue, fma, imad, alu (half rate), mufu, smem "
     "(128 bytes per cycle and multiprocessor), tensor, latency, hbm. T=n: rows of n tokens, as many tokens in all.",
     "published ms: flash-linear-attention, scaled linearly in tokens and heads, the shape that is best for it: "
@@ -846,8 +937,9 @@ def main() -> int:
                     if reason := kernel_cases.refusal(case, *sizes[0]):
                         print(case.name, dim, reason, file=sys.stderr)
                         continue
-                    found = [compiled(compiler, case, *setting) for setting in sizes]
-                    rows += estimate_rows(case, dim, found, 1e9 * options.clock_ghz)
+                    found = [compiled(compiler, case, *setting, "pallas") for setting in sizes]
+                    without = compiled(compiler, case, *sizes[0], "xla")
+                    rows += estimate_rows(case, dim, found, without, 1e9 * options.clock_ghz)
                     print(case.name, dim, file=sys.stderr)
                     estimates.write(report(), options, ("jax-cuda13-plugin", "nvidia-cuda-nvcc"))
     show(report(), Console(width=240))

@@ -294,16 +294,43 @@ def test_what_xla_launches_is_counted_per_trip_and_pass(gpu):
     )
     module = module.replace(
         "condition=%condition, body=%body", 'condition=%condition, body=%body, {"known_trip_count":{"n":"3"}}'
-    )
-    found = gpu.launches(module)
+    ).replace("kind=kLoop", "kind=kLoop, calls=%double")
+    double = [
+        "%double (q: f32[8]) -> f32[8] {",
+        "  %q = f32[8]{0} parameter(0)",
+        "  ROOT %add.7 = f32[8]{0} add(%q, %q)",
+        "}",
+    ]
+    found = gpu.launches(module.replace("\n\n", "\n\n" + "\n".join(double) + "\n\n", 1))
     assert [(entry.name, entry.times, entry.backward, entry.bytes) for entry in found] == [
         ("", 1, False, 32 + 0),
-        ("", 3, False, 32),
-        ("", 3, True, 32),
+        ("", 3, False, 64),
+        ("", 3, True, 64),
         ("a_kernel", 1, True, 64),
         ("", 1, True, 64),
     ]
     assert [entry.key for entry in found] == ["", "", "", "h", ""]
+
+
+def test_a_fused_computation_reads_slices_and_writes_parts(gpu):
+    lines = """
+  %all = bf16[8,16,4]{2,1,0} parameter(0)
+  %place = s32[] parameter(1)
+  %other = f32[4,32]{1,0} parameter(2)
+  %results = f32[8,16,32]{2,1,0} parameter(3)
+  %whole = f32[16,32]{1,0} parameter(4)
+  %some = bf16[1,16,4]{2,1,0} dynamic-slice(%all, %place, %zero, %zero), dynamic_slice_sizes={1,16,4}
+  %side = bf16[16,4]{1,0} bitcast(%some)
+  %right = bf16[4,32]{1,0} convert(%other)
+  %dot.1 = f32[16,32]{1,0} dot(%side, %right), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %sum = f32[16,32]{1,0} add(%dot.1, %whole)
+  %part = f32[1,16,32]{2,1,0} bitcast(%sum)
+  %written = f32[8,16,32]{2,1,0} dynamic-update-slice(%results, %part, %place, %zero, %zero)
+  ROOT %both = (f32[8,16,32]{2,1,0}, f32[16,32]{1,0}) tuple(%written, %sum)
+""".splitlines()[1:]
+    part = 16 * 32 * 4
+    # A slice, its place twice but an array only once, a whole operand each of the product and the sum; two results.
+    assert gpu.fused_work(lines) == (16 * 4 * 2 + 4 + 4 * 32 * 4 + part + 2 * part, 2 * 16 * 32 * 4)
 
 
 def test_gpu_rows_add_what_xla_does_and_name_the_bound(gpu):
@@ -312,7 +339,9 @@ def test_gpu_rows_add_what_xla_does_and_name_the_bound(gpu):
     around = gpu.Launch("", "", int(0.0005 * gpu.BANDWIDTH), False, times=2)
     entry = {part: [(slow, kernel), (around, None)] for part in gpu.PASSES}
     case = kernel_cases.chosen("linear_attention scalar")[0]
-    ahead, trained, back = gpu.estimate_rows(case, 128, [entry] * 3, 1e9)
+    without = {part: [(dataclasses.replace(around, times=6), None)] for part in gpu.PASSES}
+    ahead, trained, back = gpu.estimate_rows(case, 128, [entry] * 3, without, 1e9)
+    assert (ahead["xla form ms"], ahead["xla form over whole"]) == (pytest.approx(3), pytest.approx(1.5))
     assert (ahead["kernels ms"], ahead["xla ms"], ahead["launches"]) == (pytest.approx(1), pytest.approx(1), 3)
     assert ahead["bounds"] == "xla 50%, forward 50% hbm" and ahead["T=32768 ms"] == pytest.approx(2)
     assert ahead["over roofline"] == pytest.approx(ahead["whole ms"] / ahead["roofline ms"])

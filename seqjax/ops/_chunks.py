@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._remat import keep
+from seqjax.ops import _loops
 from seqjax.ops._dispatch import check_segment_ids, check_shapes
 from seqjax.ops._segments import Segments, segment_info
 
@@ -36,6 +37,9 @@ CPU, where the inverse of the delta rule is a fifth faster at 32 (``delta_rule``
 
 GROUP_TOKENS = 256
 """Tokens whose intermediates live at once (see ``scan_chunks``): on a CPU, 1024 took up to twice the memory and a third more time."""
+
+GROUP_CHUNKS_ON_GPU = 4096
+"""There at least as many chunks, counted over all rows and heads: their products fill the device, and launches are few."""
 
 _TILE = 16  # tokens between which a decay per channel goes through dyadic levels
 # exp(-1000) is 0 in float32 and float64: it stands in for -inf, which times a 0 of a mask would be NaN.
@@ -353,17 +357,19 @@ def scan_chunks(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Run ``body(state, chunks) -> (state, output)`` over groups of chunks, in order, and undo the layout.
 
-    A group (about GROUP_TOKENS tokens) is large enough that all that does not depend on the state is a few batched matmuls, and
+    A group (about GROUP_TOKENS tokens; on a GPU, GROUP_CHUNKS_ON_GPU chunks if that is more) is large enough that all that does not depend on the state is a few batched matmuls, and
     small enough to stay in cache. ``jax.checkpoint`` makes it the unit of recomputation: what the backward pass keeps from
     the forward one are the inputs and the state at the start of each group, whatever the body computes; no state per token.
     """
-    length = tokens[0].shape[1]
+    batch, length, heads = tokens[2].shape[:3]
     chunks = -(-length // chunk_size)
-    count = -(-chunks // max(1, GROUP_TOKENS // chunk_size))
+    per_group = max(1, GROUP_TOKENS // chunk_size)
+    if _loops.platform() == "gpu":
+        per_group = max(per_group, GROUP_CHUNKS_ON_GPU // (batch * heads))
+    count = -(-chunks // per_group)
     per_group = -(-chunks // count)
     padding = count * per_group * chunk_size - length
 
-    batch, _, heads = tokens[2].shape[:3]
     unit = [axis for axis, size in enumerate((batch, groups, heads // groups)) if size == 1]  # among B, G, R
 
     def layout(x):  # [B, T, H or G, ...] -> [N, M, B, G, R, C, ...]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import delta_rule as kernel
+from seqjax.ops import _loops
 from seqjax.ops._chunks import (
     CHUNK_SIZE,
     Call,
@@ -90,7 +91,7 @@ def delta_rule(
         initial_state=initial_state,
         segment_ids=segment_ids,
         chunk_size=chunk_size,
-        default_chunk_size=32 if jax.default_backend() == "cpu" else CHUNK_SIZE,
+        default_chunk_size=32 if _loops.platform() == "cpu" else CHUNK_SIZE,
     )
     refusal = kernel.refusal(query, key, value, log_decay) if query.shape[1] > 1 else "is for more than one token"
     form = resolve_implementation(op, implementation, refusal, preferred=kernel.is_preferred())
@@ -168,9 +169,11 @@ def _chunked(query, key, value, beta, log_decay, initial_state, documents, scale
         def advance(state, chunk):
             k, fresh, stale, to_end, across = chunk
             written = fresh - product("...ck,...kv->...cv", stale, state, dtype)  # W
-            return across * state + write(k, to_end, written, dtype), (state, written)
+            return across * state + write(k, to_end, written, dtype), (state.astype(dtype), written.astype(dtype))
 
-        state, (states, written) = jax.lax.scan(advance, state, (k, fresh, stale, decays.to_end, decays.across))
+        state, (states, written) = jax.lax.scan(
+            advance, state, (k, fresh, stale, decays.to_end, decays.across), unroll=_loops.unroll()
+        )
         return state, (
             scale * (read(q, decays.from_start, states, dtype) + product("...ij,...jv->...iv", reads, written, dtype))
         ).astype(dtype)

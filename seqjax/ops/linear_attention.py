@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import linear_attention as kernel
+from seqjax.ops import _loops
 from seqjax.ops._chunks import (
     CHUNK_SIZE,
     Call,
@@ -87,7 +88,7 @@ def linear_attention(
         initial_state=initial_state,
         segment_ids=segment_ids,
         chunk_size=chunk_size,
-        default_chunk_size=32 if per_channel and jax.default_backend() == "cpu" else CHUNK_SIZE,
+        default_chunk_size=32 if per_channel and _loops.platform() == "cpu" else CHUNK_SIZE,
     )
     refusal = kernel.refusal(query, key, value, log_decay) if query.shape[1] > 1 else "is for more than one token"
     form = resolve_implementation(op, implementation, refusal, preferred=kernel.is_preferred())
@@ -146,9 +147,9 @@ def _chunked(query, key, value, log_decay, initial_state, documents, scale, *, c
 
         def advance(state, chunk):
             across, writes = chunk
-            return across * state + writes, state
+            return across * state + writes, state.astype(dtype)
 
-        state, states = jax.lax.scan(advance, state, (across, writes))
+        state, states = jax.lax.scan(advance, state, (across, writes), unroll=_loops.unroll())
         return state, (
             scale * (read(q, decays.from_start, states, dtype) + product("...ij,...jv->...iv", scores, v, dtype))
         ).astype(dtype)

@@ -13,6 +13,7 @@ multiplies decays and never divides by them, so any decay is safe, 0 included. I
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, Inexact, Int
 
 from pallas_kernels import linear_recurrence as kernel
 from pallas_kernels._remat import keep
+from seqjax.ops import _loops
 from seqjax.ops._dispatch import (
     check_chunk_size,
     check_floating,
@@ -105,18 +107,21 @@ def linear_recurrence(
     form = resolve_implementation(OP, implementation, refusal, preferred=kernel.is_preferred())
     if form == "pallas":
         return _pallas(gate, x, initial_state, segments, log=decay is None)
-    x = x.astype(dtype)
     if segments is not None:
         x, gate = clear_padding(segments.real, x), clear_padding(segments.real, gate, 0.0 if decay is None else 1.0)
-    a = (jnp.exp(gate.astype(dtype)) if decay is None else gate).astype(dtype)
     if sizes["T"] == 0:
-        return x.astype(output_dtype), initial_state
+        return x, initial_state
+    log = decay is None
+    if form == "reference" or _loops.platform() != "gpu":
+        # The loops over tokens find arrays of the state's dtype. On a GPU they widen what they read, for fewer bytes.
+        gate = (jnp.exp(gate.astype(dtype)) if log else gate).astype(dtype)
+        x, log = x.astype(dtype), False
     if form == "reference":
-        h, state = _reference(a, x, initial_state, segments)
+        h, state = _reference(gate, x, initial_state, segments)
     else:
         if segments is not None:
-            a = jnp.where(segments.start[..., None], 0, a)
-        h, state = chunked_recurrence(a, x, initial_state, chunk_size)
+            gate = jnp.where(segments.start[..., None], -jnp.inf if log else 0, gate)
+        h, state = chunked_recurrence(gate, x, initial_state, chunk_size, log=log)
     if segments is not None:
         h = clear_padding(segments.real, h)
     return h.astype(output_dtype), state
@@ -159,63 +164,81 @@ def default_chunk_size(time: int) -> int:
 
 
 def chunked_recurrence(
-    a: Inexact[Array, "B T D"],
+    gate: Inexact[Array, "B T D"],
     x: Inexact[Array, "B T D"],
     initial_state: Inexact[Array, "B D"],
     chunk_size: int | None = None,
+    *,
+    log: bool,
 ) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
-    """The chunked form on arrays of one dtype, for any ``T >= 1``."""
+    """The chunked form for any ``T >= 1``, with ``gate`` the decays or their logarithms; states in the dtype of ``x``, the last in its own."""
     batch, time, dim = x.shape
     chunk = min(time, chunk_size or default_chunk_size(time))
     extra = -time % chunk
     if extra:
         # Tokens that neither decay nor write: the final state is still that of the last real token.
-        a = jnp.pad(a, ((0, 0), (0, extra), (0, 0)), constant_values=1)
+        gate = jnp.pad(gate, ((0, 0), (0, extra), (0, 0)), constant_values=0 if log else 1)
         x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
     shape = (batch, (time + extra) // chunk, chunk, dim)
-    h, state = _chunks(a.reshape(shape), x.reshape(shape), initial_state)
+    h, state = _chunks(gate.reshape(shape), x.reshape(shape), initial_state, log)
     return h.reshape(batch, time + extra, dim)[:, :time], state
 
 
 class _Residuals(NamedTuple):
-    a: Array  # [B, n, C, D]
+    gate: Array  # [B, n, C, D]
     h: Array  # [B, n, C, D]
     chunk_start: Array  # [B, n, D], the state before each chunk
     chunk_decay: Array | None  # [B, n, D], product of a chunk's decays
 
 
-@jax.custom_vjp
-def _chunks(a: Array, x: Array, initial_state: Array) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chunks(gate: Array, x: Array, initial_state: Array, log: bool) -> tuple[Array, Array]:
     """States [B, n, C, D] and the last one [B, D]."""
-    return _chunks_forward(a, x, initial_state)[0]
+    return _chunks_forward(gate, x, initial_state, log)[0]
 
 
-def _token(array: Array, i: Array | int) -> Array:
-    """Token ``i`` of every chunk: [B, n, C, D] -> [B, n, D]. A slice in place: moving time to the front copies the array."""
-    return jax.lax.dynamic_index_in_dim(array, i, axis=2, keepdims=False)
+def _tokens(array: Array, dtype: jnp.dtype, *, log: bool = False) -> Callable[[Array | int], Array]:
+    """i -> token i of every chunk in that dtype, exp of it if ``log``: [B, n, C, D] -> [B, n, D]. Slices in place: moving time to the front
+    copies the array.
+    """
+
+    def token(i: Array | int) -> Array:
+        found = jax.lax.dynamic_index_in_dim(array, i, axis=2, keepdims=False).astype(dtype)
+        return jnp.exp(found) if log else found
+
+    return token
 
 
-def _chunks_forward(a, x, initial_state):
-    chunks, chunk = a.shape[1:3]
+def _put(array: Array, token: Array, i: Array | int) -> Array:
+    """With that token in the place of token i of every chunk."""
+    return jax.lax.dynamic_update_index_in_dim(array, token.astype(array.dtype), i, axis=2)
+
+
+def _chunks_forward(gate, x, initial_state, log):
+    chunks, chunk = gate.shape[1:3]
+    dtype = initial_state.dtype
+    a_token, x_token = _tokens(gate, dtype, log=log), _tokens(x, dtype)
     if chunks == 1:
         chunk_start, chunk_decay = initial_state[:, None], None
     else:
 
         def summarise(i, carry):
             product, h = carry
-            return product * _token(a, i), _token(a, i) * h + _token(x, i)
+            a = a_token(i)
+            return product * a, a * h + x_token(i)
 
-        chunk_decay, added = jax.lax.fori_loop(1, chunk, summarise, (a[:, :, 0], x[:, :, 0]))
+        first = a_token(0), x_token(0)
+        chunk_decay, added = jax.lax.fori_loop(1, chunk, summarise, first, unroll=_loops.unroll())
         chunk_start = _scan_chunks(chunk_decay, added, initial_state)
 
     def step(i, carry):
         h, output = carry
-        h = _token(a, i) * h + _token(x, i)
-        return h, jax.lax.dynamic_update_index_in_dim(output, h, i, axis=2)
+        h = a_token(i) * h + x_token(i)
+        return h, _put(output, h, i)
 
-    last, h = jax.lax.fori_loop(0, chunk, step, (chunk_start, jnp.zeros_like(x)))
+    last, h = jax.lax.fori_loop(0, chunk, step, (chunk_start, jnp.zeros_like(x)), unroll=_loops.unroll())
     h, final, chunk_start, chunk_decay = keep((h, last[:, -1], chunk_start, chunk_decay))
-    return (h, final), _Residuals(a, h, chunk_start, chunk_decay)
+    return (h, final), _Residuals(gate, h, chunk_start, chunk_decay)
 
 
 def _scan_chunks(decay: Array, added: Array, initial: Array, *, reverse: bool = False) -> Array:
@@ -224,39 +247,45 @@ def _scan_chunks(decay: Array, added: Array, initial: Array, *, reverse: bool = 
     def step(h, chunk):
         return chunk[0] * h + chunk[1], h
 
-    _, before = jax.lax.scan(step, initial, (jnp.swapaxes(decay, 0, 1), jnp.swapaxes(added, 0, 1)), reverse=reverse)
+    steps = jnp.swapaxes(decay, 0, 1), jnp.swapaxes(added, 0, 1)
+    _, before = jax.lax.scan(step, initial, steps, reverse=reverse, unroll=_loops.unroll())
     return jnp.swapaxes(before, 0, 1)
 
 
-def _chunks_backward(residuals, cotangents):
-    r"""Same recurrence reversed, :math:`\lambda_t = dh_t + \mu_t`, :math:`\mu_{t-1} = a_t \lambda_t`, :math:`da_t = h_{t-1}\lambda_t`.
+def _chunks_backward(log, residuals, cotangents):
+    r"""Same recurrence reversed, :math:`\lambda_t = dh_t + \mu_t`, :math:`\mu_{t-1} = a_t \lambda_t`, :math:`da_t = h_{t-1}\lambda_t`, that
+    of its logarithm times :math:`a_t`.
 
     JAX's complex cotangents transpose without conjugation, so real and complex read the same.
     """
-    a, h, chunk_start, chunk_decay = residuals
+    gate, h, chunk_start, chunk_decay = residuals
     d_h, d_state = cotangents
-    chunks, chunk = a.shape[1:3]
+    chunks, chunk = gate.shape[1:3]
+    dtype = d_state.dtype
+    a_token, h_token, d_h_token = _tokens(gate, dtype, log=log), _tokens(h, dtype), _tokens(d_h, dtype)
     if chunks == 1:
         mu = d_state[:, None]
     else:
 
         def summarise(j, mu):
             i = chunk - 1 - j
-            return _token(a, i) * (_token(d_h, i) + mu)
+            return a_token(i) * (d_h_token(i) + mu)
 
-        added = jax.lax.fori_loop(1, chunk, summarise, a[:, :, -1] * d_h[:, :, -1])
+        last = a_token(chunk - 1) * d_h_token(chunk - 1)
+        added = jax.lax.fori_loop(1, chunk, summarise, last, unroll=_loops.unroll())
         mu = _scan_chunks(chunk_decay, added, d_state, reverse=True)
 
     def step(j, carry):
-        mu, d_a, d_x = carry
+        mu, d_gate, d_x = carry
         i = chunk - 1 - j
-        lam = _token(d_h, i) + mu
-        previous = jnp.where(i > 0, _token(h, jnp.maximum(i - 1, 0)), chunk_start)
-        update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=2)
-        return _token(a, i) * lam, update(d_a, previous * lam), update(d_x, lam)
+        lam = d_h_token(i) + mu
+        previous = jnp.where(i > 0, h_token(jnp.maximum(i - 1, 0)), chunk_start)
+        before = a_token(i) * lam
+        return before, _put(d_gate, previous * (before if log else lam), i), _put(d_x, lam, i)
 
-    mu, d_a, d_x = jax.lax.fori_loop(0, chunk, step, (mu, jnp.zeros_like(a), jnp.zeros_like(a)))
-    return d_a, d_x, mu[:, 0]
+    carry = mu, jnp.zeros_like(gate), jnp.zeros_like(h)
+    mu, d_gate, d_x = jax.lax.fori_loop(0, chunk, step, carry, unroll=_loops.unroll())
+    return d_gate, d_x, mu[:, 0]
 
 
 _chunks.defvjp(_chunks_forward, _chunks_backward)
