@@ -1,9 +1,9 @@
 """What the kernels would cost on an H200 that is not here, by a model of their machine code.
 
-    python scripts/gpu_estimates.py                             all kernels: about half an hour on two cores
+    python scripts/gpu_estimates.py                             all kernels: three quarters of an hour on two cores
     python scripts/gpu_estimates.py --only delta_rule --dims 128
 
-Needs ``pip install seqjax[cuda13] nvidia-cuda-nvdisasm`` and jax >= 0.11, no GPU. The real compiler makes every call for an H200. Of each of its
+Needs ``pip install seqjax[cuda-compile]`` and jax >= 0.11, no GPU. The real compiler makes every call for an H200. Of each of its
 Mosaic kernels one warp per warpgroup is then followed through the machine code, with thread 0 of a block in the middle of the grid: integers
 that decide branches are computed, so loops run as often as they would. Gives
 
