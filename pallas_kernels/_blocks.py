@@ -31,6 +31,11 @@ class Blocks:
         """Nothing is cut."""
         return (self.key_block, self.value_block) == (self.key_dim, self.value_dim)
 
+    @property
+    def count(self) -> int:
+        """Value heads of these blocks."""
+        return self.heads * self._keys * self._values
+
     def of_keys(self, x: jax.Array) -> jax.Array:
         """[B, T, G, K] -> [B, T, G N_K, P]."""
         return self._fill_keys(x).reshape(*x.shape[:2], -1, self.key_block)

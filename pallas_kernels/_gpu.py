@@ -35,7 +35,7 @@ TILE = 64
 """Tokens of a chunk, rows of a wgmma, and columns of bfloat16 in a row of swizzled shared memory."""
 
 HEADS = (64, 128)
-"""Sizes of K and V that there are kernels for; of V in float32, only the first. Walks of the delta rule take K = 256, too."""
+"""Sizes of K and V that all kernels take in bfloat16; in float32 only the first. ``block_sizes`` of each says what else it takes."""
 
 _TAKES_COST_ESTIMATE = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 _RULES = 32  # numbers per chunk after those of its tokens (3 are used): a copy is a multiple of 128 bytes
@@ -557,4 +557,5 @@ def scale_rows(ref, factor):
 
 def parts(ref):
     """Blocks of columns that few registers hold."""
-    return [ref.at[:, pl.ds(start, TILE)] for start in range(0, ref.shape[1], TILE)]
+    width = min(TILE, ref.shape[1])
+    return [ref.at[:, pl.ds(start, width)] for start in range(0, ref.shape[1], width)]

@@ -54,6 +54,11 @@ class Parts:
         """[B P, ...] -> [B, ...], that of the first part."""
         return x.reshape(-1, self.count, *x.shape[1:])[:, 0]
 
+    def others(self, reverse: bool) -> Callable[[jax.Array], jax.Array]:
+        """[B P, ...] -> [B, P - 1, ...], all but the last part or, in reverse, the first one."""
+        some = slice(1, None) if reverse else slice(None, -1)
+        return lambda x: x.reshape(-1, self.count, *x.shape[1:])[:, some]
+
     def last(self, x: jax.Array) -> jax.Array:
         """[B P, ...] -> [B, ...], that of the last part."""
         return x.reshape(-1, self.count, *x.shape[1:])[:, -1]
@@ -99,8 +104,14 @@ def gates_of(gates: jax.Array, kind: jax.Array | None) -> jax.Array:
     return jnp.where(kind == START, -jnp.inf, jnp.where(kind == PADDING, 0.0, gates))
 
 
-def decays_of(gates: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """From a token to the end of its part [B, P, L, ...], and over the whole part [B, P, ...]; from log decays. No sum is a difference."""
+def decays_of(gates: jax.Array, *, reverse: bool = False) -> tuple[jax.Array, jax.Array]:
+    """From a token to the end of its part [B, P, L, ...], and over the whole part [B, P, ...]; from log decays. No sum is a difference.
+
+    In ``reverse`` the former are those from before the part up to and including a token.
+    """
+    if reverse:
+        upto = lax.cumsum(gates, 2)
+        return jnp.exp(upto), jnp.exp(upto[:, :, -1])
     upto = lax.cumsum(gates, 2, reverse=True)
     after = jnp.concatenate([upto[:, :, 1:], jnp.zeros_like(upto[:, :, :1])], 2)
     return jnp.exp(after), jnp.exp(upto[:, :, 0])

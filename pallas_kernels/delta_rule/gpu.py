@@ -14,7 +14,7 @@ Documents, padding and the precision of the decays are those of ``_gpu``.
 
 **Forward.** ``_prepare`` makes M and P, which no state is needed for, one thread block per chunk and head. :math:`\beta` scales columns
 inside of M, so its diagonal is 1 and loses nothing in bfloat16. ``_read`` walks a row as in ``linear_attention``: the grid is (batch,
-heads, blocks of 64 value columns), the K x 64 part of the state is in registers, HBM sees query, key, value, M, P and output once. A
+heads, blocks of 64 value columns, or 32), the K x 64 part of the state is in registers, HBM sees query, key, value, M, P and output once. A
 pass that will be differentiated also stores the state before every chunk as the operand it is, and keeps M and P: to read P takes
 less time than to read the query and key it is made of.
 
@@ -57,11 +57,13 @@ refilled at its end, so they have one slot, as do all in ``_prepare`` and ``_dif
 
 ``_prepare``: Q and K, which make room for the inverse, 32 at least; P 8 and 2. K = 256 and float32, which takes twice as much, come with V = 64
 only; ``_blocks`` cuts larger ones. In float32 there is one thread block: 146 (K = 64) and 210 in the walks and in ``_differentiate``; ``_prepare``
-takes 50 and 82, with room for 3 and 2.
+takes 50 and 82, with room for 3 and 2. Float32 with K = 256 is for checks and small models: walks have one stage and take 32 value columns,
+K 64 + V 8 + Q 64 + M, P 32 + S 32 + W 8 + 2 = 210; ``_differentiate`` takes Q, S and D in turns of 64 key channels, and S in turns for Z before,
+Q 16 + K 64 + 48 + M 16 + S, D 32 + dL 16 + 2 = 194; ``_prepare`` takes 146.
 
 **Registers** per thread: up to 154 in ``_prepare``; for K = 64, 128 and 256 up to 153, 206 and 216 in ``_read`` and up to 168, 227 and 240 in
-``_unwind``, 168 in ``_differentiate``, without spills (more than 168 leave room for 2 thread blocks only); in float32 up to 181 and 221, 203
-and 240, 186 and 250. For that, sums along rows are stored at once.
+``_unwind``, 168 in ``_differentiate``, without spills (more than 168 leave room for 2 thread blocks only); in float32 up to 181, 221 and 179,
+203, 240 and 167, 186, 250 and 233. For that, sums along rows are stored at once.
 
 **Barriers.** Pallas would put two of a warpgroup around every store, which walks would spend a tenth of their time in. The kernels have their
 own (``own_barriers`` of ``_gpu.Walk.call``): a comment says for whom where it is not for the wgmma or TMA that follows.
@@ -91,7 +93,7 @@ def block_sizes(key_dim: int, value_dim: int, dtype: jnp.dtype) -> tuple[int, in
     if key_dim <= HEADS[-1]:
         return block_size(key_dim, HEADS), block_size(value_dim, values)
     widest = 2 * HEADS[-1]
-    return (widest, HEADS[0]) if key_dim <= widest and dtype == jnp.bfloat16 else None
+    return (widest, HEADS[0]) if key_dim <= widest else None
 
 
 def default_config(key_dim: int, value_dim: int) -> Config:
@@ -285,6 +287,22 @@ def _prepare(walk: _gpu.Walk, query, key, vectors, rules, *, scale) -> tuple[_gp
     )
 
 
+def _tight(walk: _gpu.Walk) -> bool:
+    """Shared memory is: walks take 32 value columns and have one stage, ``_differentiate`` takes key channels in turns of 64."""
+    return walk.terms > 1 and walk.key_dim > HEADS[-1]
+
+
+def _walk_sizes(walk: _gpu.Walk, stages: int) -> tuple[int, int]:
+    """Value columns of a thread block of a walk, and stages."""
+    return (TILE // 2, 1) if _tight(walk) else (TILE, min(stages, walk.count))
+
+
+def _walk_tiles(walk: _gpu.Walk, width: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, _gpu.Operand]:
+    """Scratch memory for the operands of a walk. wgmma takes both of its operands swizzled alike: as the shortest rows allow."""
+    swizzle = 2 * width
+    return {name: _gpu.Operand((_gpu.tiles(*shape, swizzle=swizzle),) * walk.terms) for name, shape in shapes.items()}
+
+
 def _walk_scratch(walk: _gpu.Walk, stages: int, vectors, rules) -> dict[str, Any]:
     """Scratch memory for vectors and rules, and barriers: of what has slots for the stages, and of what is needed first and last."""
     return walk.small_scratch(stages, vectors, rules, arrays=2) | {
@@ -295,7 +313,7 @@ def _walk_scratch(walk: _gpu.Walk, stages: int, vectors, rules) -> dict[str, Any
 
 def _read(walk: _gpu.Walk, query, key, value, inverse, weights, state, vectors, rules, *, scale, save, config):
     """Output, final state, and states before the chunks if ``save``."""
-    chunk, width, stages = walk.chunk, TILE, min(config.stages, walk.count)
+    chunk, (width, stages) = walk.chunk, _walk_sizes(walk, config.stages)
 
     def body(
         query_g, key_g, value_g, inverse_g, weights_g, state_g, vectors_g, rules_g, out_g, final_g, states_g,
@@ -323,8 +341,9 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, weights, state, vectors, 
         def step(n, state):
             slot = lax.rem(n, stages)
             plgpu.barrier_wait(full.at[slot])
-            k, v = key_s.at[slot], value_s.at[slot]
             decays, beta = _decays(walk, vectors_g, rules_g, small, slot)
+            slot += walk.zero(decays) if stages == 1 else 0
+            k, v = key_s.at[slot], value_s.at[slot]
 
             def fixed():
                 zero = walk.zero(decays)
@@ -381,15 +400,19 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, weights, state, vectors, 
         "read",
         (query, key, value, inverse, weights, state.astype(jnp.float32), vectors, rules),
         (walk.template(*value.shape), jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32), states),
-        {
-            "query": walk.tiles(1, chunk, walk.key_dim),
-            "key": walk.tiles(stages, chunk, walk.key_dim),
-            "value": walk.tiles(stages, chunk, width),
-            "inverse": walk.tiles(1, chunk, chunk),
-            "weights": walk.tiles(1, chunk, chunk),
-            "carried": walk.tiles(1, walk.key_dim, width),
-            "written": walk.tiles(1, chunk, width),
-        },
+        _walk_tiles(
+            walk,
+            width,
+            {
+                "query": (1, chunk, walk.key_dim),
+                "key": (stages, chunk, walk.key_dim),
+                "value": (stages, chunk, width),
+                "inverse": (1, chunk, chunk),
+                "weights": (1, chunk, chunk),
+                "carried": (1, walk.key_dim, width),
+                "written": (1, chunk, width),
+            },
+        ),
         _walk_scratch(walk, stages, vectors, rules),
         flops=4 * chunk * walk.value_dim + 6 * walk.key_dim * walk.value_dim,
         exponentials=0,
@@ -400,8 +423,7 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, weights, state, vectors, 
 
 def _unwind(walk: _gpu.Walk, query, key, dout, inverse, weights, dfinal, vectors, rules, *, scale, config):
     """dV, cotangents of the states after the chunks, and that of the initial state."""
-    chunk, width, last = walk.chunk, TILE, walk.count - 1
-    stages = min(config.backward_stages, walk.count)
+    chunk, last, (width, stages) = walk.chunk, walk.count - 1, _walk_sizes(walk, config.backward_stages)
 
     def body(
         query_g, key_g, dout_g, inverse_g, weights_g, dfinal_g, vectors_g, rules_g, dvalue_g, dstates_g, dstate_g,
@@ -429,9 +451,10 @@ def _unwind(walk: _gpu.Walk, query, key, dout, inverse, weights, dfinal, vectors
         def step(i, dstate):
             n, slot = last - i, lax.rem(i, stages)
             plgpu.barrier_wait(full.at[slot])
-            k, do = key_s.at[slot], dout_s.at[slot]
             decays, beta = _decays(walk, vectors_g, rules_g, small, slot)
             zero = walk.zero(decays)
+            slot += zero if stages == 1 else 0
+            k, do = key_s.at[slot], dout_s.at[slot]
             names = "query", "inverse", "weights", "carried", "error"
             q, inverse, weights, carried, error = (tiles[name].at[zero] for name in names)
             # The stores of the last step have left shared memory.
@@ -485,15 +508,19 @@ def _unwind(walk: _gpu.Walk, query, key, dout, inverse, weights, dfinal, vectors
             walk.template(*walk.state_shape(walk.count)),
             jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
         ),
-        {
-            "query": walk.tiles(1, chunk, walk.key_dim),
-            "key": walk.tiles(stages, chunk, walk.key_dim),
-            "dout": walk.tiles(stages, chunk, width),
-            "inverse": walk.tiles(1, chunk, chunk),
-            "weights": walk.tiles(1, chunk, chunk),
-            "carried": walk.tiles(1, walk.key_dim, width),
-            "error": walk.tiles(1, chunk, width),
-        },
+        _walk_tiles(
+            walk,
+            width,
+            {
+                "query": (1, chunk, walk.key_dim),
+                "key": (stages, chunk, walk.key_dim),
+                "dout": (stages, chunk, width),
+                "inverse": (1, chunk, chunk),
+                "weights": (1, chunk, chunk),
+                "carried": (1, walk.key_dim, width),
+                "error": (1, chunk, width),
+            },
+        ),
         _walk_scratch(walk, stages, vectors, rules),
         flops=4 * chunk * walk.value_dim + 6 * walk.key_dim * walk.value_dim,
         exponentials=0,
@@ -524,7 +551,7 @@ def _differentiate(
     """dQ and dK per value head, and sums [B, H, N, ., C], see ``_sums``."""
     chunk, warpgroups = walk.chunk, walk.warpgroups
     value_blocks, key_blocks = (dim // warpgroups // TILE for dim in (walk.value_dim, walk.key_dim))
-    value_parts = walk.value_dim // TILE
+    value_parts, tight = walk.value_dim // TILE, _tight(walk)
     steps, leaving, inside, lower = _sums(walk)
     decaying = vectors.shape[3] > 1
 
@@ -552,6 +579,20 @@ def _differentiate(
             i += sort.start + (0 if sort is lower else me * (len(sort) // warpgroups))
             _gpu.store(sums_g.at[row, head, n, i], sums)
 
+        # Of these, turns take a block of channels each, and the first ones no more than a state.
+        def fetch_before(block):
+            source = states_g.at[row, head, n, pl.ds(block * TILE, TILE), :]
+            _gpu.fetch(source, tiles["before"].at[0], small["held"])
+
+        def fetch_turn(block):
+            channels = pl.ds(block * TILE, TILE)
+            for name, source in (
+                ("query", query_g.at[row, tokens, head // walk.repeats, channels]),
+                ("before", states_g.at[row, head, n, channels, :]),
+                ("after", dstates_g.at[row, head, n, channels, :]),
+            ):
+                _gpu.fetch(source, tiles[name].at[0], small["turn"])
+
         @pl.when(me == 0)
         def _start():
             for name, source in (
@@ -564,9 +605,12 @@ def _differentiate(
                 ("query", query_g.at[row, tokens, head // walk.repeats]),
                 ("after", dstates_g.at[row, head, n]),
             ):
-                walk.load(source, tiles[name], 0, full)
+                if not (tight and name in ("query", "before", "after")):
+                    walk.load(source, tiles[name], 0, full)
             walk.load_small(vectors_g, rules_g, row, head, n, small, 0)
             walk.number(rules_g, small)
+            if tight:
+                fetch_before(0)
 
         meet()
         plgpu.barrier_wait(full.at[0])
@@ -575,13 +619,24 @@ def _differentiate(
         dscores = inverse  # M is not needed any more when dP is made
         if rules_g is not None:
             pl.when(me == 0)(lambda: decays.clear_padding(k, v))
-            pl.when(me == warpgroups - 1)(lambda: decays.clear_padding(q, do))
+            pl.when(me == warpgroups - 1)(lambda: decays.clear_padding(*(() if tight else (q,)), do))
             meet()
+
+        def reads(columns):
+            if not tight:
+                return walk.matmul(k, before.at[:, columns])
+            total = None
+            for block in range(key_blocks):
+                plgpu.barrier_wait(small["held"])
+                total = walk.matmul(k.at[:, pl.ds(block * TILE, TILE)], before, total)
+                plgpu.commit_smem()  # all warps have done the product with what is refilled
+                fetch_before(block + 1) if block + 1 < key_blocks else fetch_turn(0)
+            return total
 
         for block in range(value_blocks):
             columns = pl.ds((me * value_blocks + block) * TILE, TILE)
             mine = v.at[:, columns]
-            read = _gpu.scaled(decays.from_start(), walk.matmul(k, before.at[:, columns]))
+            read = _gpu.scaled(decays.from_start(), reads(columns))
             mine[...] = _gpu.load(mine).astype(jnp.float32) - read
             plgpu.commit_smem()
             z = walk.matmul(inverse, mine)
@@ -610,8 +665,11 @@ def _differentiate(
             columns = pl.ds((me * key_blocks + block) * TILE, TILE)
             zero = walk.zero(decays)
             q, k, v, do, dr, dscores, before, after, dlower = (tiles[name].at[zero] for name in names)
-            my_q, my_k = q.at[:, columns], k.at[:, columns]
-            my_before, my_after = before.at[columns, :], after.at[columns, :]
+            my_q, my_k = q if tight else q.at[:, columns], k.at[:, columns]
+            my_before, my_after = (before, after) if tight else (before.at[columns, :], after.at[columns, :])
+            if tight:
+                plgpu.barrier_wait(small["turn"])
+                decays.clear_padding(my_q)
 
             if decaying:
                 pairs = zip(_gpu.parts(my_before), _gpu.parts(my_after))
@@ -637,13 +695,24 @@ def _differentiate(
             my_q[...] = dq
             my_k[...] = dk
             plgpu.commit_smem()
+            if tight:
+                _gpu.send(my_q, dquery_g.at[row, tokens, head, columns])
+                if block + 1 < key_blocks:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    fetch_turn(block + 1)
         meet()
-        pl.when(me == 0)(lambda: _gpu.send(q, dquery_g.at[row, tokens, head]))
+        if not tight:
+            pl.when(me == 0)(lambda: _gpu.send(q, dquery_g.at[row, tokens, head]))
         pl.when(me == warpgroups - 1)(lambda: _gpu.send(k, dkey_g.at[row, tokens, head]))
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
     per_head = walk.template(*value.shape[:3], walk.key_dim)
+    channels = TILE if tight else walk.key_dim
+    small = walk.small_scratch(1, vectors, rules, arrays=5 if tight else 8)
+    small["together"] = plgpu.Barrier(num_arrivals=warpgroups)
+    if tight:
+        small["held"], small["turn"] = (plgpu.Barrier(num_arrivals=arrays * walk.terms) for arrays in (1, 3))
     sums = (*walk.state_shape(walk.count)[:3], lower.stop if decaying else steps.stop, chunk)
     return walk.call(
         body,
@@ -651,17 +720,17 @@ def _differentiate(
         (query, key, value, dout, dvalue, inverse, states, dstates, vectors, rules),
         (per_head, per_head, jax.ShapeDtypeStruct(sums, jnp.float32)),
         {
-            "query": walk.tiles(1, chunk, walk.key_dim),
+            "query": walk.tiles(1, chunk, channels),
             "key": walk.tiles(1, chunk, walk.key_dim),
             "value": walk.tiles(1, chunk, walk.value_dim),
             "dout": walk.tiles(1, chunk, walk.value_dim),
             "dvalue": walk.tiles(1, chunk, walk.value_dim),
             "inverse": walk.tiles(1, chunk, chunk),
-            "before": walk.tiles(1, walk.key_dim, walk.value_dim),
-            "after": walk.tiles(1, walk.key_dim, walk.value_dim),
+            "before": walk.tiles(1, channels, walk.value_dim),
+            "after": walk.tiles(1, channels, walk.value_dim),
             "dlower": walk.tiles(1, chunk, chunk),
         },
-        walk.small_scratch(1, vectors, rules, arrays=8) | {"together": plgpu.Barrier(num_arrivals=warpgroups)},
+        small,
         flops=2 * chunk * ((6 if decaying else 4) * walk.key_dim + 4 * walk.value_dim)
         + 8 * walk.key_dim * walk.value_dim,
         exponentials=2 * chunk if decaying else 0,

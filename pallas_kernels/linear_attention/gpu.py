@@ -12,9 +12,10 @@ Documents, padding and the precision of the decays are those of ``_gpu``.
 
 **Forward.** The grid is (batch, heads, blocks of 64 value columns). One warpgroup walks a whole row with its K x 64 part of the
 state in registers, so HBM sees query, key, value and output once (blocks of one head run side by side, and read its queries
-and keys through L2). A pass that will be differentiated also stores the state before every chunk: its bfloat16 copy,
-which has to be in shared memory as an operand anyway, and which is how the backward pass uses it. That is 2 K V / C bytes
-per head and token, and it costs no registers.
+and keys through L2). With K = 256 two warpgroups, with 64 columns each, share the queries and keys of a chunk, for which shared
+memory has no room twice; one barrier per chunk keeps them together. A pass that will be differentiated also stores the state before
+every chunk: its bfloat16 copy, which has to be in shared memory as an operand anyway, and which is how the backward pass uses it. That
+is 2 K V / C bytes per head and token, and it costs no registers.
 
 **Backward.** The grid is (batch, heads). The thread block walks from the last chunk to the first with the cotangent D of the state
 in registers, and makes all gradients of a chunk at once. With P the cotangent of A under the same decays and masks,
@@ -25,6 +26,12 @@ It has one warpgroup if K or V is 64 and two if both are 128. Each owns an equal
 columns of dQ and dK. D in bfloat16, A and P (one made by each warpgroup) meet in shared memory, where wgmma reads them as they are
 or transposed. Two barriers per chunk keep the warpgroups together: after these are written, and after all have been read.
 
+Where K or V is 256, there is a thread block for every block of 128 x 128 of D, which has no room in the registers of one: all of the above
+is a sum over blocks of channels, of K for dV and A, of V for dQ, dK and P. Each writes its part, and XLA sums them.
+
+**Parts.** ``summary`` is what is left of the forward walk without reads, S from nothing, or, in reverse, of the backward walk, D from nothing:
+what ``_split`` needs to walk parts of a row side by side. It reads two of the arrays once, which bounds it.
+
 **Gradient of the log decays.** :math:`dG_i = q_i \cdot dq_i - k_i \cdot dk_i` in float32, and what leaves the chunk depends on
 all its decays, in sum by :math:`\langle S', D \rangle`, S' the state after it. Both are summed inside chunks only; over the whole
 row the sums would cancel. The kernel writes the row sums, XLA does the rest.
@@ -34,14 +41,19 @@ row the sums would cancel. The kernel writes the row sums, XLA does the rest.
     K, V       forward                                   backward
     64, 64     2 stages x 24 + S 8 + output 8 = 64; 3    2 stages x 32 + S 8 + D 8 + A, P 16 + output 8 = 104; 2
     128, 128   2 stages x 40 + S 16 + output 8 = 104; 2  2 stages x 64 + S 32 + D 32 + A, P 16 + outputs 16 = 224; 1
+    256, 256   2 stages x 80 + S 64 = 224; 1             as for 128, 128
 
-plus at most 3 for gates, documents and barriers. Float32 takes twice as much, so K = V = 64 only (``_blocks`` cuts larger ones): 128 forward and
-208 backward, one thread block. **Registers** per thread: S takes K/2 forward, D takes 32 (K = V = 64) or 64
-backward, and a 64 x 64 tile 32 as a sum and 16 as an operand. In all that is up to 166 (K = 64) and 212 forward, 174 (K = V = 64)
-and 255 backward, without spills; in float32 up to 232 and 203. 128 value columns per warpgroup would spill forward.
+plus at most 3 for gates, documents and barriers. ``summary`` has 4 stages of 16 or 24 KiB, or 2 of 40 for K = 256: room for two or three blocks.
+Float32 takes twice as much, so K = V = 64 only (``_blocks`` cuts larger ones): 128 forward, 208 backward and 128 for ``summary``, one thread
+block. **Registers** per thread: S takes K/2 forward, D takes 32 (K = V = 64) or 64 backward, and a 64 x 64 tile 32 as a sum and 16 as an
+operand. In all that is up to 166 (K = 64), 212 (K = 128) and 255 (K = 256, which spills with V = 64, so keys are cut there) forward, 174
+(K = V = 64) and 255 backward, without spills; in float32 up to 232 and 203; 128 for ``summary``, 202 with K = 256. 128 value columns per
+warpgroup would spill forward.
 
-**Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads.
+**Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows, parts of them, and heads, all multiplied.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -53,20 +65,35 @@ from pallas_kernels._blocks import block_size
 from pallas_kernels._gpu import HEADS, TILE, Config, plgpu
 
 _FAMILY = "linear_attention"
+_WIDEST = 2 * HEADS[-1]  # K and V that are taken whole, but for the backward pass: in blocks of half that
+# Before 0.12 the compiler would spill a few bytes of the walk over keys of 256 that saves states.
+_KEYS = (*HEADS, _WIDEST) if jax.version.__version_info__ >= (0, 12) else HEADS
+# By K: there is little to hide latency behind, and two blocks have room in a multiprocessor.
+_SUMMARY_STAGES = {64: 4, 128: 4, 256: 2}
 
 
 def block_sizes(key_dim: int, value_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
     """Sizes of blocks in which K and V are taken: in float32, a tile takes up twice the memory."""
-    sizes = HEADS if dtype == jnp.bfloat16 else HEADS[:1]
-    return block_size(key_dim, sizes), block_size(value_dim, sizes)
+    if dtype != jnp.bfloat16:
+        return block_size(key_dim, HEADS[:1]), block_size(value_dim, HEADS[:1])
+    values = block_size(value_dim, (*HEADS, _WIDEST))
+    # With 64 values, a walk over keys of 256 would spill.
+    return block_size(key_dim, HEADS if values < HEADS[-1] else _KEYS), values
 
 
 def default_config(key_dim: int, value_dim: int) -> Config:
     """That of ``_configs``, else two stages, or three in the backward pass where only one thread block fits an SM in any case."""
-    backward_stages = 2 if key_dim == value_dim else 3
+    backward_stages = 2 if min(key_dim, HEADS[-1]) == min(value_dim, HEADS[-1]) else 3
     return Config(
         **({"backward_stages": backward_stages} | dict(_configs.tuned(_FAMILY, key=key_dim, value=value_dim)))
     )
+
+
+def multiprocessors(heads: int, key_dim: int, value_dim: int, dtype: jnp.dtype) -> int:
+    """That walks of so many heads, of all rows, keep busy in either direction; K and V are ``block_sizes``."""
+    if dtype == jnp.bfloat16 and key_dim == value_dim == TILE:
+        return pl.cdiv(heads, 2)  # as many thread blocks of the backward pass have room in one
+    return heads * max(value_dim // HEADS[-1], 1)
 
 
 def forward(
@@ -109,52 +136,87 @@ def forward(
     config = config or default_config(walk.key_dim, walk.value_dim)
     query, key, value = walk.operands(query, key, value)
     gates, rules = walk.vectors(walk.gates(log_decay, document)), walk.rules(document, boundary)
-    chunk, width, stages = walk.chunk, TILE, min(config.stages, walk.count)
+    chunk, stages = walk.chunk, min(config.stages, walk.count)
+    # Where the operands take up all of the shared memory, two warpgroups share those of the keys.
+    warpgroups = 2 if walk.key_dim > HEADS[-1] else 1
+    width = warpgroups * TILE
 
     def body(query_g, key_g, value_g, gates_g, rules_g, state_g, out_g, final_g, states_g, *, tiles, small):
-        query_s, key_s, value_s, carried, out = (tiles[name] for name in ("query", "key", "value", "carried", "out"))
+        query_s, key_s, value_s = (tiles[name] for name in ("query", "key", "value"))
         full = small["full"]
         row, head, block = walk.place()
-        columns = pl.ds(block * width, width)
 
         def fetch(n, slot):
             tokens = pl.ds(n * chunk, chunk)
             group = head // walk.repeats
             walk.load(query_g.at[row, tokens, group], query_s, slot, full)
             walk.load(key_g.at[row, tokens, group], key_s, slot, full)
-            walk.load(value_g.at[row, tokens, head, columns], value_s, slot, full)
+            walk.load(value_g.at[row, tokens, head, pl.ds(block * width, width)], value_s, slot, full)
             walk.load_small(gates_g, rules_g, row, head, n, small, slot)
+
+        def meet():
+            # What this warpgroup wrote is visible to wgmma and TMA, and it has read all it had to; then the same of the other.
+            plgpu.commit_smem()
+            if warpgroups > 1:
+                plgpu.barrier_arrive(small["together"])
+                plgpu.barrier_wait(small["together"])
+
+        def refill(n):
+            pl.when((walk.warpgroup() == 0) & (n + stages < walk.count))(lambda: fetch(n + stages, lax.rem(n, stages)))
+
+        def place(zero=0):
+            # The warpgroup, its part of the values, and that in HBM.
+            me = walk.warpgroup() + zero
+            return me, pl.ds(me * TILE, TILE), pl.ds(block * width + me * TILE, TILE)
 
         def step(n, state):
             slot = lax.rem(n, stages)
             plgpu.barrier_wait(full.at[slot])
-            q, k, v = query_s.at[slot], key_s.at[slot], value_s.at[slot]
             decays = walk.decays(gates_g is not None, rules_g, small, slot)
-            decays.clear_padding(k, v)
-            if save:
+            me, mine, columns = place(walk.zero(decays) if warpgroups > 1 else 0)
+            q, k, v, carried = query_s.at[slot], key_s.at[slot], value_s.at[slot, :, mine], tiles["carried"].at[me]
+            # With two warpgroups the output lies in place of the state's copy, which has been read by then.
+            out = tiles["out"] if warpgroups == 1 else carried.terms[0].at[pl.ds(0, chunk)]
+            keys = walk.key_dim // warpgroups
+            decays.clear_padding(k.at[:, pl.ds(me * keys, keys)], v)
+            if warpgroups > 1:
+                # The store of the last output has left its place.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            elif save:
                 # The store of the last copy has left shared memory; the output's may still be under way.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             carried[...] = state
             # wgmma and TMA read through another proxy than the threads write.
-            plgpu.commit_smem()
+            meet()
+            if warpgroups > 1:
+                # Both have left the chunk before this one.
+                pl.when(n > 0)(lambda: refill(n - 1))
             if save:
                 _gpu.send(carried, states_g.at[row, head, n, :, columns])
             scores = decays.pairs(walk.matmul(q, k.T), scale)
             o = walk.matmul(scores, v, _gpu.scaled(decays.from_start(scale), walk.matmul(q, carried)))
-            # The store of the last output, the newest but for this step's copy of the state. All warps wait, so all have read the values.
-            plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)
+            # The store of the last output, the newest but for this step's copy of the state, or that of the copy, if the output takes its
+            # place. All warps wait, so all have read the values and the copy.
+            plgpu.wait_smem_to_gmem(int(save and warpgroups == 1), wait_read_only=True)
             out[...] = o.astype(out.dtype)
             _gpu.scale_rows(v, decays.to_end())
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out, out_g.at[row, pl.ds(n * chunk, chunk), head, columns])
             state = walk.matmul(k.T, v, _gpu.scaled(decays.across(), state))
-            # All threads have read the slot before TMA refills it.
-            plgpu.commit_smem()
-            pl.when(n + stages < walk.count)(lambda: fetch(n + stages, slot))
+            if warpgroups == 1:
+                # All threads have read the slot before TMA refills it.
+                plgpu.commit_smem()
+                refill(n)
             return state
 
-        lax.fori_loop(0, stages, lambda n, _: fetch(n, n), None)
-        walk.number(rules_g, small)
+        @pl.when(walk.warpgroup() == 0)
+        def _start():
+            lax.fori_loop(0, stages, lambda n, _: fetch(n, n), None)
+            walk.number(rules_g, small)
+
+        if warpgroups > 1:
+            meet()
+        _, _, columns = place()
         state = _gpu.load(state_g.at[row, head, :, columns], optimized=False)
         state = lax.fori_loop(0, walk.count, step, state)
         _gpu.store(final_g.at[row, head, :, columns], state)
@@ -175,13 +237,14 @@ def forward(
             "query": walk.tiles(stages, chunk, walk.key_dim),
             "key": walk.tiles(stages, chunk, walk.key_dim),
             "value": walk.tiles(stages, chunk, width),
-            "carried": walk.tiles(walk.key_dim, width),
-            "out": _gpu.tiles(chunk, width, dtype=value.dtype),
+            "carried": walk.tiles(warpgroups, walk.key_dim, TILE),
+            "out": None if warpgroups > 1 else _gpu.tiles(chunk, TILE, dtype=value.dtype),
         },
-        walk.small_scratch(stages, gates, rules, arrays=3),
+        walk.small_scratch(stages, gates, rules, arrays=3) | {"together": plgpu.Barrier(num_arrivals=warpgroups)},
         flops=2 * chunk * (walk.key_dim + walk.value_dim) + 4 * walk.key_dim * walk.value_dim,
         exponentials=0 if gates is None else chunk,
         blocks=walk.value_dim // width,
+        warpgroups=warpgroups,
         own_barriers=True,
     )
     return output[:, : walk.time], final, states
@@ -227,8 +290,11 @@ def backward(
     query, key, value, dout = walk.operands(query, key, value, dout.astype(value.dtype))
     gates, rules = walk.vectors(walk.gates(log_decay, document)), walk.rules(document, boundary)
     chunk, last, stages = walk.chunk, walk.count - 1, min(config.backward_stages, walk.count)
-    warpgroups = walk.warpgroups
-    value_blocks, key_blocks = (dim // warpgroups // TILE for dim in (walk.value_dim, walk.key_dim))
+    part = dataclasses.replace(walk, key_dim=min(walk.key_dim, HEADS[-1]), value_dim=min(walk.value_dim, HEADS[-1]))
+    # Blocks of K and V, and then blocks of 64 columns of each warpgroup in these.
+    key_parts, value_parts = walk.key_dim // part.key_dim, walk.value_dim // part.value_dim
+    warpgroups = part.warpgroups
+    value_blocks, key_blocks = (dim // warpgroups // TILE for dim in (part.value_dim, part.key_dim))
 
     def body(
         query_g, key_g, value_g, dout_g, gates_g, rules_g, states_g, dfinal_g, dquery_g, dkey_g, dvalue_g, sums_g, dstate_g,
@@ -236,7 +302,10 @@ def backward(
     ):  # fmt: skip
         query_s, key_s, value_s, dout_s = (tiles[name] for name in ("query", "key", "value", "dout"))
         full, ready = small["full"], small["ready"]
-        (row, head, _), me = walk.place(), walk.warpgroup()
+        (row, head, block), me = walk.place(), walk.warpgroup()
+        key_part, value_part = block // value_parts, lax.rem(block, value_parts)
+        first_key, first_value = key_part * part.key_dim, value_part * part.value_dim
+        keys, values = pl.ds(first_key, part.key_dim), pl.ds(first_value, part.value_dim)
         mine = pl.ds(me * value_blocks * TILE, value_blocks * TILE)
         my_values = [pl.ds((me * value_blocks + i) * TILE, TILE) for i in range(value_blocks)]
         my_keys = [pl.ds((me * key_blocks + i) * TILE, TILE) for i in range(key_blocks)]
@@ -244,14 +313,14 @@ def backward(
         def fetch(i, slot):
             tokens = pl.ds((last - i) * chunk, chunk)
             group = head // walk.repeats
-            walk.load(query_g.at[row, tokens, group], query_s, slot, full)
-            walk.load(key_g.at[row, tokens, group], key_s, slot, full)
-            walk.load(value_g.at[row, tokens, head], value_s, slot, full)
-            walk.load(dout_g.at[row, tokens, head], dout_s, slot, full)
+            walk.load(query_g.at[row, tokens, group, keys], query_s, slot, full)
+            walk.load(key_g.at[row, tokens, group, keys], key_s, slot, full)
+            walk.load(value_g.at[row, tokens, head, values], value_s, slot, full)
+            walk.load(dout_g.at[row, tokens, head, values], dout_s, slot, full)
             walk.load_small(gates_g, rules_g, row, head, last - i, small, slot)
 
         def fetch_state(i):
-            _gpu.fetch(states_g.at[row, head, last - i], tiles["before"].at[0], ready)
+            _gpu.fetch(states_g.at[row, head, last - i, keys, values], tiles["before"].at[0], ready)
 
         def meet():
             # What this warpgroup wrote is visible to wgmma and TMA, and it has read all it had to; then the same of the other.
@@ -266,7 +335,7 @@ def backward(
             plgpu.barrier_wait(full.at[slot])
             q, k, v, do = query_s.at[slot], key_s.at[slot], value_s.at[slot], dout_s.at[slot]
             decays = walk.decays(gates_g is not None, rules_g, small, slot)
-            zero = walk.zero(decays)
+            zero = part.zero(decays)
             before, carried, scores = (tiles[name].at[zero] for name in ("before", "carried", "scores"))
             out = tiles["out"].at[me + zero]
 
@@ -282,7 +351,7 @@ def backward(
                 # Stored at once: what waits for others would be spilled.
                 nonlocal place
                 sums = _gpu.scaled(factor, (_gpu.load(ref).astype(jnp.float32) * tile).sum(1))
-                target = sums_g.at[row, head, n, me, pl.ds(place, sums.size)]
+                target = sums_g.at[row, head, n, block * warpgroups + me, pl.ds(place, sums.size)]
                 _gpu.store(target, sums)
                 place += sums.size
 
@@ -310,7 +379,7 @@ def backward(
                 if gates_g is not None:
                     row_sums(v.at[:, columns], dv)
                 dv = walk.matmul(scores.at[0].T, do.at[:, columns], dv)
-                store(dv, dvalue_g.at[row, tokens, head, columns])
+                store(dv, dvalue_g.at[key_part, row, tokens, head, _after(first_value, columns)])
 
             plgpu.barrier_wait(ready)
             for columns in my_keys:
@@ -318,13 +387,13 @@ def backward(
                 dq = walk.matmul(scores.at[1], k.at[:, columns], dq)
                 if gates_g is not None:
                     row_sums(q.at[:, columns], dq)
-                store(dq, dquery_g.at[row, tokens, head, columns])
+                store(dq, dquery_g.at[value_part, row, tokens, head, _after(first_key, columns)])
 
                 dk = _gpu.scaled(decays.to_end(), walk.matmul(v, carried.at[columns, :].T))
                 dk = walk.matmul(scores.at[1].T, q.at[:, columns], dk)
                 if gates_g is not None:
                     row_sums(k.at[:, columns], dk, -1.0)
-                store(dk, dkey_g.at[row, tokens, head, columns])
+                store(dk, dkey_g.at[value_part, row, tokens, head, _after(first_key, columns)])
 
             if gates_g is not None:
                 row_sums(before.at[:, mine], dstate, decays.across())
@@ -346,49 +415,144 @@ def backward(
             walk.number(rules_g, small)
 
         meet()
-        dstate = _gpu.load(dfinal_g.at[row, head, :, mine], optimized=False)
+        dstate = _gpu.load(dfinal_g.at[row, head, keys, _after(first_value, mine)], optimized=False)
         dstate = lax.fori_loop(0, walk.count, step, dstate)
-        _gpu.store(dstate_g.at[row, head, :, mine], dstate)
+        _gpu.store(dstate_g.at[row, head, keys, _after(first_value, mine)], dstate)
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
-    per_head = jax.ShapeDtypeStruct((*value.shape[:3], walk.key_dim), query.dtype)
+    def partial(count, dim):
+        return jax.ShapeDtypeStruct((count, *value.shape[:3], dim), value.dtype)
+
+    def total(x):
+        return x[0] if len(x) == 1 else x.sum(0, dtype=jnp.float32)
+
     # Of a chunk and warpgroup: v.dv from the state, column block by column block; q.dq and -k.dk of each of its blocks; S.D.
     inside = slice(chunk * value_blocks, chunk * (value_blocks + 2 * key_blocks))
-    sums_shape = (*walk.state_shape(walk.count)[:3], warpgroups, inside.stop + walk.key_dim)
+    blocks = key_parts * value_parts
+    sums_shape = (*walk.state_shape(walk.count)[:3], blocks * warpgroups, inside.stop + part.key_dim)
     sums = None if gates is None else jax.ShapeDtypeStruct(sums_shape, jnp.float32)
     dquery, dkey, dvalue, sums, dstate = walk.call(
         body,
         "backward",
         (query, key, value, dout, gates, rules, states, dfinal.astype(jnp.float32)),
         (
-            per_head,
-            per_head,
-            jax.ShapeDtypeStruct(value.shape, value.dtype),
+            partial(value_parts, walk.key_dim),
+            partial(value_parts, walk.key_dim),
+            partial(key_parts, walk.value_dim),
             sums,
             jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
         ),
         {
-            "query": walk.tiles(stages, chunk, walk.key_dim),
-            "key": walk.tiles(stages, chunk, walk.key_dim),
-            "value": walk.tiles(stages, chunk, walk.value_dim),
-            "dout": walk.tiles(stages, chunk, walk.value_dim),
-            "before": walk.tiles(1, walk.key_dim, walk.value_dim),
-            "carried": walk.tiles(1, walk.key_dim, walk.value_dim),
+            "query": walk.tiles(stages, chunk, part.key_dim),
+            "key": walk.tiles(stages, chunk, part.key_dim),
+            "value": walk.tiles(stages, chunk, part.value_dim),
+            "dout": walk.tiles(stages, chunk, part.value_dim),
+            "before": walk.tiles(1, part.key_dim, part.value_dim),
+            "carried": walk.tiles(1, part.key_dim, part.value_dim),
             "scores": walk.tiles(1, 2, chunk, chunk),
             "out": _gpu.tiles(warpgroups, chunk, TILE, dtype=value.dtype),
         },
         walk.small_scratch(stages, gates, rules, arrays=4)
         | {"ready": plgpu.Barrier(num_arrivals=walk.terms), "together": plgpu.Barrier(num_arrivals=warpgroups)},
-        flops=5 * chunk * (walk.key_dim + walk.value_dim) + 8 * walk.key_dim * walk.value_dim,
-        exponentials=0 if gates is None else 5 * chunk // 2,
+        flops=5 * chunk * (walk.key_dim * value_parts + walk.value_dim * key_parts) + 8 * walk.key_dim * walk.value_dim,
+        exponentials=0 if gates is None else 5 * chunk // 2 * blocks,
+        blocks=blocks,
         warpgroups=warpgroups,
         own_barriers=True,
     )
-    dquery, dkey = (walk.sum_heads(x).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
+    dquery, dkey = (walk.sum_heads(total(x)).astype(query.dtype)[:, : walk.time] for x in (dquery, dkey))
+    dvalue = total(dvalue).astype(value.dtype)
     dlog_decay = None
     if log_decay is not None:
         tokens = sums[..., inside].reshape(*sums.shape[:3], -1, chunk).sum(3)
         leaving = sums[..., : inside.start].sum((3, 4)) + sums[..., inside.stop :].sum((3, 4))
         dlog_decay = walk.log_decay_gradient(tokens, leaving, log_decay, document)
     return dquery, dkey, dvalue[:, : walk.time], dlog_decay, dstate
+
+
+def summary(
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array | None,
+    document: jax.Array | None,
+    boundary: jax.Array | None,
+    *,
+    parts: int,
+    reverse: bool = False,
+    scale: float = 1.0,
+    interpret: bool = False,
+) -> jax.Array:
+    """The states that parts of rows leave if they begin with none, or the cotangents of the states before them if that after them is none.
+
+    Args:
+        key: [B P, L, G, K] for P parts, as for ``forward``, and so are value, log_decay, document, boundary and interpret; the queries in reverse.
+        value: see there; the cotangent of the output in reverse.
+        log_decay: see there.
+        document: see there.
+        boundary: see there.
+        parts: P. The last one is left out, or the first one in reverse: nothing depends on it.
+        reverse: sum up the cotangents.
+        scale: a factor.
+        interpret: see there.
+
+    Returns:
+        [B (P - 1), H, K, V] float32.
+    """
+    walk = _gpu.Walk.over(_FAMILY, key, value, interpret)
+    key, value = walk.operands(key, value)
+    gates, rules = walk.vectors(walk.gates(log_decay, document)), walk.rules(document, boundary)
+    chunk, width, stages = walk.chunk, TILE, min(_SUMMARY_STAGES[walk.key_dim], walk.count)
+
+    def body(key_g, value_g, gates_g, rules_g, sum_g, *, tiles, small):
+        full = small["full"]
+        target, head, block = walk.place()
+        row = target // (parts - 1) * parts + lax.rem(target, parts - 1) + int(reverse)
+        columns = pl.ds(block * width, width)
+
+        def fetch(i, slot):
+            n = walk.count - 1 - i if reverse else i
+            tokens = pl.ds(n * chunk, chunk)
+            walk.load(key_g.at[row, tokens, head // walk.repeats], tiles["key"], slot, full)
+            walk.load(value_g.at[row, tokens, head, columns], tiles["value"], slot, full)
+            walk.load_small(gates_g, rules_g, row, head, n, small, slot)
+
+        def step(i, total):
+            slot = lax.rem(i, stages)
+            plgpu.barrier_wait(full.at[slot])
+            k, v = tiles["key"].at[slot], tiles["value"].at[slot]
+            decays = walk.decays(gates_g is not None, rules_g, small, slot)
+            decays.clear_padding(k, v)
+            if (weights := decays.from_start() if reverse else decays.to_end()) is not None:
+                _gpu.scale_rows(v, weights)
+                plgpu.commit_smem()
+            total = walk.matmul(k.T, v, _gpu.scaled(decays.across(), total))
+            # All threads have read the slot before TMA refills it.
+            plgpu.commit_smem()
+            pl.when(i + stages < walk.count)(lambda: fetch(i + stages, slot))
+            return total
+
+        lax.fori_loop(0, stages, lambda i, _: fetch(i, i), None)
+        walk.number(rules_g, small)
+        nothing = plgpu.layout_cast(jnp.zeros((walk.key_dim, width), jnp.float32), plgpu.Layout.WGMMA)
+        total = lax.fori_loop(0, walk.count, step, nothing)
+        _gpu.store(sum_g.at[target, head, :, columns], _gpu.scaled(None if scale == 1.0 else scale, total))
+
+    summed_up = dataclasses.replace(walk, batch=walk.batch // parts * (parts - 1))
+    return summed_up.call(
+        body,
+        "summary",
+        (key, value, gates, rules),
+        jax.ShapeDtypeStruct(summed_up.state_shape(), jnp.float32),
+        {"key": walk.tiles(stages, chunk, walk.key_dim), "value": walk.tiles(stages, chunk, width)},
+        walk.small_scratch(stages, gates, rules, arrays=2),
+        flops=2 * walk.key_dim * walk.value_dim,
+        exponentials=0 if gates is None else 1,
+        blocks=walk.value_dim // width,
+        own_barriers=True,
+    )
+
+
+def _after(start, columns):
+    """The columns of a block that starts there."""
+    return pl.ds(start + columns.start, columns.size)

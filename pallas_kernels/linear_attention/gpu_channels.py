@@ -19,16 +19,16 @@ log 2, in two parts of bfloat16 each. Nothing is subtracted, so an exponent is o
 decay of 0: ``RESET`` at the start of a document, and for log decays below it. The gate of padding is 0, its keys, values and
 queries are selected away, and no other masks are needed for documents.
 
-**Forward.** ``_prepare`` makes P, R and W, one thread block per chunk and head. ``_carry`` walks a row; the grid is (batch, heads, blocks of 64
-value columns), the K x 64 part of the state is in registers. A pass that will be differentiated also stores the state before every
-chunk as the operand it is; P, R and W are made again in the backward pass.
+**Forward.** ``_prepare`` makes P, R and W, one thread block per chunk and head, from up to 128 key channels at a time. ``_carry`` walks a row;
+the grid is (batch, heads, blocks of 64 value columns), the K x 64 part of the state is in registers. A pass that will be differentiated
+also stores the state before every chunk as the operand it is; P, R and W are made again in the backward pass.
 
 **Backward.** With dO and the cotangent D of the state after a chunk,
 
     dV = P^T dO + W D,    D <- e^{G_C} D + R^T dO,
 
 which is the forward pass from the last chunk to the first, with R and W exchanged: ``_carry`` again. ``_differentiate`` makes the rest, one
-thread block per chunk, head and block of 64 key channels. With the symmetric matrix X of cotangents of pairs,
+thread block per chunk, head and block of 64 key channels, from 128 value columns at a time. With the symmetric matrix X of cotangents of pairs,
 :math:`X_{ij} = X_{ji} = scale \cdot dO_i V_j` for j <= i, and :math:`dZ = X Z` for the pairs of a level,
 
     dQ = scale e^G (dO S^T) + X_ii K + E dZ (second halves),    dK = e^{G_C - G} (V D^T) + X_ii Q + E dZ (first halves).
@@ -44,11 +44,12 @@ registers leave room for:
     64, 128    the same                  the same                                      32 + 4 x 16 + X 8 + 3 = 107; 2
     128, 64    4 x 16 + 24 + 2 = 90; 2   2 x 32 + R 16 + S 16 + O 8 + 2 = 106; 2       as 64, 64
     128, 128   the same                  the same                                      as 64, 128
+    256, any   as 128, any               2 x 48 + R 32 + S 32 + O 8 + 3 = 171; 1       as 64, 64, or 64, 128 if V is more
 
-Float32 takes twice as much but for gates, so K = V = 64 only (``_blocks`` cuts larger ones): 82; 2, 146; 1 and 131; 1.
+V = 256 goes with K = 256 only. Float32 takes twice as much but for gates, so K = V = 64 only: 82; 2, 146; 1 and 131; 1. ``_blocks`` cuts larger ones.
 
-**Registers** per thread: 139 (K = 64) and up to 177 in ``_prepare``, up to 106 and 152 in ``_carry``, up to 248 in ``_differentiate`` (three
-sums of 32, a tile of decays and its like), without spills. In float32 they are 220, 140 and 254.
+**Registers** per thread: for K = 64, 128 and 256 up to 140, 177 and 252 in ``_prepare``, 109, 156 and 200 in ``_carry``; up to 248 in
+``_differentiate`` (three sums of 32, a tile of decays and its like), 255 if V is 256, without spills. In float32 they are 224, 146 and 255.
 
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
 """
@@ -64,12 +65,15 @@ from pallas_kernels._gpu import HEADS, TILE, Config, plgpu
 from pallas_kernels._gpu_channels import LEVELS, Pairs, as_float, split_gates
 
 _FAMILY = "linear_attention_channels"
+_WIDEST = 2 * HEADS[-1]  # in bfloat16
 
 
 def block_sizes(key_dim: int, value_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
-    """As of ``gpu``."""
-    sizes = HEADS if dtype == jnp.bfloat16 else HEADS[:1]
-    return block_size(key_dim, sizes), block_size(value_dim, sizes)
+    """Sizes of the blocks of K and V in which heads are taken. V of 256 goes with K of as many only: with fewer it would spill."""
+    if dtype != jnp.bfloat16:
+        return HEADS[0], HEADS[0]
+    keys = block_size(key_dim, (*HEADS, _WIDEST))
+    return keys, block_size(value_dim, (*HEADS, _WIDEST) if keys == _WIDEST else HEADS)
 
 
 def forward(
@@ -134,47 +138,78 @@ def backward(
     return dquery, dkey, dvalue[:, : walk.time], dlog_decay, dstate
 
 
+def _zero(walk: _gpu.Walk, rules: _gpu.Decays):
+    """As ``Walk.zero``, for K of 256: float32, with 64, does better without."""
+    return rules.zero() if walk.key_dim == _WIDEST else 0
+
+
 def _prepare(walk: _gpu.Walk, query, key, gates, rules, *, scale) -> tuple[_gpu.Operand, _gpu.Operand, _gpu.Operand]:
-    """P [B, H, N, C, C], R and W [B, T, H, K]; 0 for what padding reads and writes."""
-    chunk = walk.chunk
+    """P [B, H, N, C, C], R and W [B, T, H, K]; 0 for what padding reads and writes.
+
+    Sums over channels are those over blocks of 128, which come in turns: so registers and memory do not grow further with K.
+    """
+    chunk, width = walk.chunk, min(walk.key_dim, HEADS[-1])
+    turns = walk.key_dim // width
 
     def body(query_g, key_g, high_g, low_g, rules_g, weights_g, reading_g, writing_g, *, tiles, small):
-        q, k, high, low = (tiles[name].at[0] for name in ("query", "key", "high", "low"))
         z, weights, full = tiles["z"], tiles["weights"], small["full"]
         row, head, n = walk.place()
         tokens = pl.ds(n * chunk, chunk)
-        for name, source in (
-            ("query", query_g.at[row, tokens, head // walk.repeats]),
-            ("key", key_g.at[row, tokens, head // walk.repeats]),
-            ("high", high_g.at[row, tokens, head]),
-            ("low", low_g.at[row, tokens, head]),
-        ):
-            walk.load(source, tiles[name], 0, full)
-        walk.load_small(None, rules_g, row, head, n, small, 0)
-        plgpu.barrier_wait(full.at[0])
-        walk.decays(False, rules_g, small, 0).clear_padding(q, k)
         pairs = Pairs(walk)
-        blocks = list(zip(*map(_gpu.parts, (q, k, z, high, low))))
 
-        def add_level(level, total):
-            for my_q, my_k, my_z, *my_gates in blocks:
-                decays = pairs.decays(pairs.level(level), my_gates)
-                x = jnp.where(pairs.second(level), as_float(my_q), as_float(my_k))
-                my_z[...] = decays * x
-            # wgmma reads through another proxy than the threads write.
+        def columns(turn):
+            return pl.ds(turn * width, width)
+
+        def fetch(turn):
+            for name, source in (
+                ("query", query_g.at[row, tokens, head // walk.repeats, columns(turn)]),
+                ("key", key_g.at[row, tokens, head // walk.repeats, columns(turn)]),
+                ("high", high_g.at[row, tokens, head, columns(turn)]),
+                ("low", low_g.at[row, tokens, head, columns(turn)]),
+            ):
+                walk.load(source, tiles[name], 0, full)
+            walk.load_small(None, rules_g, row, head, n, small, 0)
+
+        def add(mask, product, total):
+            return jnp.where(mask, product if turns == 1 else product + total, total)
+
+        def add_turn(turn, total):
+            plgpu.barrier_wait(full.at[0])
+            q, k, high, low = (tiles[name].at[0] for name in ("query", "key", "high", "low"))
+            walk.decays(False, rules_g, small, 0).clear_padding(q, k)
+            blocks = list(zip(*map(_gpu.parts, (q, k, z, high, low))))
+
+            def add_level(level, total):
+                for my_q, my_k, my_z, *my_gates in blocks:
+                    decays = pairs.decays(pairs.level(level), my_gates)
+                    x = jnp.where(pairs.second(level), as_float(my_q), as_float(my_k))
+                    my_z[...] = decays * x
+                # wgmma reads through another proxy than the threads write.
+                plgpu.commit_smem()
+                return add(pairs.of(level), walk.matmul(z, z.T), total)
+
+            total = lax.fori_loop(0, LEVELS, add_level, add(pairs.same, walk.matmul(q, k.T), total))
+            for my_q, my_k, _, *my_gates in blocks:
+                my_q[...] = scale * pairs.decays(pairs.upto(), my_gates) * as_float(my_q)
+                my_k[...] = pairs.decays(pairs.after(), my_gates) * as_float(my_k)
             plgpu.commit_smem()
-            return jnp.where(pairs.of(level), walk.matmul(z, z.T), total)
+            _gpu.send(q, reading_g.at[row, tokens, head, columns(turn)])
+            _gpu.send(k, writing_g.at[row, tokens, head, columns(turn)])
 
-        own = jnp.where(pairs.same, walk.matmul(q, k.T), 0.0)
-        total = lax.fori_loop(0, LEVELS, add_level, own)
+            @pl.when(turn + 1 < turns)
+            def _next():
+                # The stores have left shared memory.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                fetch(turn + 1)
+
+            return total
+
+        fetch(0)
+        nothing = plgpu.layout_cast(jnp.zeros((chunk, chunk), jnp.float32), plgpu.Layout.WGMMA)
+        total = add_turn(0, nothing) if turns == 1 else lax.fori_loop(0, turns, add_turn, nothing)
         weights[...] = jnp.where(pairs.lower, scale * total, 0.0)
-        for my_q, my_k, _, *my_gates in blocks:
-            my_q[...] = scale * pairs.decays(pairs.upto(), my_gates) * as_float(my_q)
-            my_k[...] = pairs.decays(pairs.after(), my_gates) * as_float(my_k)
         plgpu.commit_smem()
         _gpu.send(weights, weights_g.at[row, head, n])
-        _gpu.send(q, reading_g.at[row, tokens, head])
-        _gpu.send(k, writing_g.at[row, tokens, head])
         # Shared memory lasts only as long as the thread block, so it has to outlive the stores that read it.
         plgpu.wait_smem_to_gmem(0)
 
@@ -189,11 +224,11 @@ def _prepare(walk: _gpu.Walk, query, key, gates, rules, *, scale) -> tuple[_gpu.
             per_head,
         ),
         {
-            "query": walk.tiles(1, chunk, walk.key_dim),
-            "key": walk.tiles(1, chunk, walk.key_dim),
-            "high": _gpu.tiles(1, chunk, walk.key_dim),
-            "low": _gpu.tiles(1, chunk, walk.key_dim),
-            "z": walk.tiles(chunk, walk.key_dim),
+            "query": walk.tiles(1, chunk, width),
+            "key": walk.tiles(1, chunk, width),
+            "high": _gpu.tiles(1, chunk, width),
+            "low": _gpu.tiles(1, chunk, width),
+            "z": walk.tiles(chunk, width),
             "weights": walk.tiles(chunk, chunk),
         },
         walk.small_scratch(1, None, rules, arrays=2, others=2),
@@ -229,8 +264,7 @@ def _carry(
     def body(
         reading_g, writing_g, value_g, weights_g, across_g, rules_g, state_g, out_g, final_g, states_g, *, tiles, small
     ):
-        reading_s, writing_s, value_s, weights_s = (tiles[x] for x in ("reading", "writing", "value", "weights"))
-        carried, out = tiles["carried"], tiles["out"]
+        writing_s, value_s, weights_s = (tiles[x] for x in ("writing", "value", "weights"))
         full, ready = small["full"], small["ready"]
         row, head, block = walk.place()
         columns = pl.ds(block * width, width)
@@ -247,13 +281,16 @@ def _carry(
 
         def fetch_reading(i):
             # Not needed to the end: one slot will do, and leaves room for another thread block.
-            _gpu.fetch(reading_g.at[row, pl.ds(place(i) * chunk, chunk), head], reading_s, ready)
+            _gpu.fetch(reading_g.at[row, pl.ds(place(i) * chunk, chunk), head], tiles["reading"].at[0], ready)
 
         def step(i, state):
             n, slot = place(i), lax.rem(i, stages)
             plgpu.barrier_wait(full.at[slot])
             w, v, weights = writing_s.at[slot], value_s.at[slot], weights_s.at[slot]
-            walk.decays(False, rules_g, small, slot).clear_padding(v)
+            rules = walk.decays(False, rules_g, small, slot)
+            zero = _zero(walk, rules)
+            asked, carried, out = (tiles[name].at[zero] for name in ("reading", "carried", "out"))
+            rules.clear_padding(v)
             if save:
                 # The store of the last copy has left shared memory; the output's may still be under way.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -263,7 +300,7 @@ def _carry(
             if save:
                 _gpu.send(carried, states_g.at[row, head, n, :, columns])
             plgpu.barrier_wait(ready)
-            o = walk.matmul(weights.T if reverse else weights, v, walk.matmul(reading_s, carried))
+            o = walk.matmul(weights.T if reverse else weights, v, walk.matmul(asked, carried))
             # The store of the last output, the newest but for this step's copy of the state.
             plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)
             out[...] = o.astype(out.dtype)
@@ -278,6 +315,7 @@ def _carry(
 
         lax.fori_loop(0, stages, lambda i, _: fetch(i, i), None)
         fetch_reading(0)
+        walk.number(rules_g, small)
         state = _gpu.load(state_g.at[row, head, :, columns], optimized=False)
         state = lax.fori_loop(0, walk.count, step, state)
         _gpu.store(final_g.at[row, head, :, columns], state)
@@ -294,12 +332,12 @@ def _carry(
             walk.template(*walk.state_shape(walk.count)) if save else None,
         ),
         {
-            "reading": walk.tiles(chunk, walk.key_dim),
+            "reading": walk.tiles(1, chunk, walk.key_dim),
             "writing": walk.tiles(stages, chunk, walk.key_dim),
             "value": walk.tiles(stages, chunk, width),
             "weights": walk.tiles(stages, chunk, chunk),
-            "carried": walk.tiles(walk.key_dim, width),
-            "out": _gpu.tiles(chunk, width, dtype=value.dtype),
+            "carried": walk.tiles(1, walk.key_dim, width),
+            "out": _gpu.tiles(1, chunk, width, dtype=value.dtype),
         },
         walk.small_scratch(stages, across, rules, arrays=3) | {"ready": plgpu.Barrier(num_arrivals=walk.terms)},
         flops=2 * chunk * walk.value_dim + 4 * walk.key_dim * walk.value_dim,
@@ -314,61 +352,102 @@ def _differentiate(
 ) -> tuple[_gpu.Operand, _gpu.Operand, jax.Array]:
     """dQ and dK [B, T, H, K] and the gradient of the log decays [B, T, H, K] in float32, all per value head."""
     chunk, width = walk.chunk, TILE
-    key_blocks = walk.key_dim // width
+    key_blocks, some_values = walk.key_dim // width, min(walk.value_dim, HEADS[-1])
+    turns = walk.value_dim // some_values
 
     def body(
         query_g, key_g, value_g, dout_g, high_g, low_g, across_g, rules_g, states_g, dstates_g,
         dquery_g, dkey_g, dgates_g, *, tiles, small,
     ):  # fmt: skip
-        q, k, v, do = (tiles[name].at[0] for name in ("query", "key", "value", "dout"))
-        before, after, high, low = (tiles[name].at[0] for name in ("before", "after", "high", "low"))
-        cotangents, crossing, full = tiles["cotangents"], small["crossing"], small["full"]
+        crossing, full = small["crossing"], small["full"]
         row, head, block = walk.place()
         n, block = block // key_blocks, lax.rem(block, key_blocks)
         tokens, columns = pl.ds(n * chunk, chunk), pl.ds(block * width, width)
+
+        def fetch(turn, barrier):
+            values = pl.ds(turn * some_values, some_values)
+            for name, source in (
+                ("value", value_g.at[row, tokens, head, values]),
+                ("dout", dout_g.at[row, tokens, head, values]),
+                ("before", states_g.at[row, head, n, columns, values]),
+                ("after", dstates_g.at[row, head, n, columns, values]),
+            ):
+                _gpu.fetch(source, tiles[name].at[0], barrier)
+
+        fetch(0, full.at[0])
         for name, source in (
-            ("value", value_g.at[row, tokens, head]),
-            ("dout", dout_g.at[row, tokens, head]),
             ("high", high_g.at[row, tokens, head, columns]),
             ("low", low_g.at[row, tokens, head, columns]),
-            ("before", states_g.at[row, head, n, columns]),
-            ("after", dstates_g.at[row, head, n, columns]),
             ("query", query_g.at[row, tokens, head // walk.repeats, columns]),
             ("key", key_g.at[row, tokens, head // walk.repeats, columns]),
         ):
             walk.load(source, tiles[name], 0, full)
         walk.load_small(across_g, rules_g, row, head, n, small, 0)
+        walk.number(rules_g, small)
         plgpu.barrier_wait(full.at[0])
-        walk.decays(False, rules_g, small, 0).clear_padding(q, k, v)
+        rules = walk.decays(False, rules_g, small, 0)
         pairs = Pairs(walk)
+
+        def of_keys():
+            zero = _zero(walk, rules)
+            return [tiles[name].at[zero] for name in ("query", "key", "high", "low")]
+
+        def of_values():
+            zero = _zero(walk, rules)
+            return [tiles[name].at[zero] for name in ("value", "dout", "before", "after")]
+
+        q, k, high, low = of_keys()
+        v, do, before, after = of_values()
+        rules.clear_padding(q, k, v)
+
+        def place():
+            # The state before the chunk is not needed any more: Z and its like take its place.
+            return of_values()[2].at[:, pl.ds(0, width)]
 
         def add_sums(sums, gradients, total):
             # Through shared memory, as the right factor of a product.
+            z = place()
             z[...] = gradients
             plgpu.commit_smem()
             return walk.matmul(sums, z, total)
 
         def some(mask):
-            terms = map(_gpu.load, cotangents.terms)
+            terms = map(_gpu.load, tiles["cotangents"].at[_zero(walk, rules)].terms)
             return _gpu.Operand(tuple(jnp.where(mask, x, jnp.zeros_like(x)) for x in terms))
 
-        held = sum((as_float(x) * as_float(y)).sum(1) for x, y in zip(_gpu.parts(before), _gpu.parts(after)))
-        crossing[...] = _gpu.vector(small["vectors"].at[0, 0, columns], 1) * held
-        x = jnp.where(pairs.lower, walk.matmul(do, v.T), walk.matmul(v, do.T))
-        cotangents[...] = scale * x
+        # Sums over value columns.
+        x, dq, dk = None, None, None
+        for turn in range(turns):
+            if turn > 0:
+                plgpu.commit_smem()  # all warps have done what reads the last ones
+                fetch(turn, small["turn"])
+                plgpu.barrier_wait(small["turn"])
+                v, do, before, after = of_values()
+                rules.clear_padding(v)
+            held = sum((as_float(x) * as_float(y)).sum(1) for x, y in zip(_gpu.parts(before), _gpu.parts(after)))
+            # Through shared memory, for want of registers.
+            crossing[...] = held if turn == 0 else _gpu.vector(crossing, 1) + held
+            if turns > 1:
+                dq, dk = walk.matmul(do, before.T, dq), walk.matmul(v, after.T, dk)
+            x = jnp.where(pairs.lower, walk.matmul(do, v.T, x), walk.matmul(v, do.T, x))
+        crossing[...] = _gpu.vector(small["vectors"].at[0, 0, columns], 1) * _gpu.vector(crossing, 1)
+        tiles["cotangents"].at[0][...] = scale * x
         plgpu.commit_smem()
-        dq = scale * pairs.decays(pairs.upto(), (high, low)) * walk.matmul(do, before.T)
-        # The state before the chunk is not needed any more: Z and its like take its place.
-        z = before.at[:, pl.ds(0, width)]
+        q, k, high, low = of_keys()
+        dq = walk.matmul(do, before.T) if dq is None else dq
+        dq = scale * pairs.decays(pairs.upto(), (high, low)) * dq
         dgates = _gpu.columns(_gpu.vector(crossing, 0), (chunk, width))
         dgates = add_sums(pairs.upto(transposed=True), dq * as_float(q), dgates)
-        dk = pairs.decays(pairs.after(), (high, low)) * walk.matmul(v, after.T)
+        dk = walk.matmul(v, after.T) if dk is None else dk
+        dk = pairs.decays(pairs.after(), (high, low)) * dk
         dgates = add_sums(pairs.after(transposed=True), dk * as_float(k), dgates)
         dq = walk.matmul(some(pairs.same), k, dq)
         dk = walk.matmul(some(pairs.same), q, dk)
 
         def add_level(level, gradients):
             dq, dk, dgates = gradients
+            q, k, high, low = of_keys()
+            z = place()
             second = pairs.second(level)
 
             def either():
@@ -409,15 +488,16 @@ def _differentiate(
         {
             "query": walk.tiles(1, chunk, width),
             "key": walk.tiles(1, chunk, width),
-            "value": walk.tiles(1, chunk, walk.value_dim),
-            "dout": walk.tiles(1, chunk, walk.value_dim),
+            "value": walk.tiles(1, chunk, some_values),
+            "dout": walk.tiles(1, chunk, some_values),
             "high": _gpu.tiles(1, chunk, width),
             "low": _gpu.tiles(1, chunk, width),
-            "before": walk.tiles(1, width, walk.value_dim),
-            "after": walk.tiles(1, width, walk.value_dim),
-            "cotangents": walk.tiles(chunk, chunk),
+            "before": walk.tiles(1, width, some_values),
+            "after": walk.tiles(1, width, some_values),
+            "cotangents": walk.tiles(1, chunk, chunk),
         },
-        walk.small_scratch(1, across, rules, arrays=6, others=2) | {"crossing": plgpu.SMEM((width,), jnp.float32)},
+        walk.small_scratch(1, across, rules, arrays=6, others=2)
+        | {"crossing": plgpu.SMEM((width,), jnp.float32), "turn": plgpu.Barrier(num_arrivals=4 * walk.terms)},
         flops=2 * chunk * (walk.key_dim * (4 * LEVELS + 8) + 2 * walk.value_dim * key_blocks)
         + 4 * walk.key_dim * walk.value_dim,
         exponentials=walk.key_dim * (LEVELS + 2),

@@ -29,7 +29,7 @@ pytestmark = [
 
 def devices(count):
     if not importlib.metadata.entry_points(group="jax_plugins"):
-        pytest.fail("compiling for GPUs needs the CUDA plugin: pip install 'seqjax[cuda13]'")
+        pytest.fail("compiling for GPUs needs the CUDA plugin: pip install 'seqjax[cuda-compile]'")
     topology = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology=f"1x1x{count}")
     return list(topology.devices)
 
@@ -165,8 +165,9 @@ def test_matrix_states_in_float32(op, dim, kind, capfd):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("channels", [False, True], ids=["decay", "channels"])
-def test_delta_rule_with_keys_of_256(channels, packed, capfd):
-    tokens = jax.ShapeDtypeStruct((2, 1000, 6, 256), jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+def test_delta_rule_with_keys_of_256(dtype, channels, packed, capfd):
+    tokens = jax.ShapeDtypeStruct((2, 1000, 6, 256), dtype)
     steps = jax.ShapeDtypeStruct((2, 1000, 6), jnp.float32)
     gates = jax.ShapeDtypeStruct((2, 1000, 6, 256), jnp.float32) if channels else steps
     state = jax.ShapeDtypeStruct((2, 6, 256, 256), jnp.float32)
@@ -178,9 +179,24 @@ def test_delta_rule_with_keys_of_256(channels, packed, capfd):
     check(call, (tokens, tokens, tokens, steps, gates, state), others, capfd)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(256, 256), (256, 64), (256, 128), (128, 256)])
+def test_linear_attention_with_channels_of_wide_heads(key_dim, value_dim, packed, capfd):
+    keys = jax.ShapeDtypeStruct((2, 1000, 6, key_dim), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct((2, 1000, 6, value_dim), jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct(keys.shape, jnp.float32)
+    state = jax.ShapeDtypeStruct((2, 6, key_dim, value_dim), jnp.float32)
+    others = (jax.ShapeDtypeStruct((2, 1000), jnp.int32),) if packed else ()
+
+    def call(query, key, value, gate, state, ids=None):
+        return linear_attention(query, key, value, gate, initial_state=state, segment_ids=ids, implementation="pallas")
+
+    check(call, (keys, keys, values, gates, state), others, capfd)
+
+
 @pytest.mark.parametrize("kind", ["decay", "channels"])
 def test_few_heads_of_256(kind, capfd):
-    """Cut into blocks of 128 x 128 and rows into parts, around the same kernels."""
+    """Rows are cut into parts, around the same kernels; with decays per head, the backward pass takes blocks of 128 x 128."""
     tokens = jax.ShapeDtypeStruct((1, 4096, 2, 256), jnp.bfloat16)
     gates = jax.ShapeDtypeStruct((1, 4096, 2, 256) if kind == "channels" else (1, 4096, 2), jnp.float32)
     state = jax.ShapeDtypeStruct((1, 2, 256, 256), jnp.float32)

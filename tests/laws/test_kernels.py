@@ -492,9 +492,13 @@ def test_matrix_states_on_gpu(spec, dtype, packed):
         ("linear_attention_scalar_decay_grouped", "float32", 128),
         ("delta_rule_scalar_decay_grouped", "float32", 128),
         ("linear_attention_scalar_decay_grouped", "bfloat16", 96),
+        ("linear_attention_channel_decay", "bfloat16", 256),
         ("delta_rule_scalar_decay_grouped", "bfloat16", 256),
+        ("delta_rule_scalar_decay_grouped", "float32", 192),
         ("delta_rule_channel_decay", "float32", 128),
+        ("delta_rule_channel_decay", "float32", 192),
         ("delta_rule_channel_decay", "bfloat16", 192),
+        ("delta_rule_channel_decay", "bfloat16", 256),
     ],
 )
 def test_heads_that_are_cut_or_filled_up_on_gpu(name, dtype, width):
@@ -511,8 +515,8 @@ def test_gpu_kernels_refuse_what_they_have_no_memory_or_precision_for():
     spec = next(spec for spec in SPECS if spec.name == "delta_rule_channel_decay")
     inputs = matrix_inputs_for_gpu(spec, "float32")
     with pallas_kernels.interpreted("gpu"):
-        with pytest.raises(NotImplementedError, match="for GPUs has no room for states with K of 192 in float32"):
-            spec.call(matrix_inputs_for_gpu(spec, "float32", 192), implementation="pallas")
+        with pytest.raises(NotImplementedError, match="for GPUs has no room for states with K of 320 in float32"):
+            spec.call(matrix_inputs_for_gpu(spec, "float32", 320), implementation="pallas")
         with pytest.raises(NotImplementedError, match="one dtype, float32 or bfloat16; got float32, bfloat16, float32"):
             spec.call(inputs | {"key": inputs["key"].astype(jnp.bfloat16)}, implementation="pallas")
 
