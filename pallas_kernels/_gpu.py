@@ -239,9 +239,9 @@ class Walk:
         """Of a result of the kernel."""
         return Operand((jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * self.terms)
 
-    def tiles(self, *shape: int) -> Operand:
-        """Scratch memory for an operand."""
-        return Operand((tiles(*shape),) * self.terms)
+    def tiles(self, *shape: int, swizzle: int = 128) -> Operand:
+        """Scratch memory for an operand. wgmma takes both of its operands swizzled alike: as the shorter rows of the two allow."""
+        return Operand((tiles(*shape, swizzle=swizzle),) * self.terms)
 
     def small_scratch(self, stages: int, vectors, rules, arrays: int, others: int = 0) -> dict[str, Any]:
         """Scratch memory for vectors [B, H, N, ., C] and rules, and the barriers on which they arrive with chunks.

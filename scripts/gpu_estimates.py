@@ -631,9 +631,9 @@ def fused_work(lines: list[str]) -> tuple[int, int]:
         if operation.opcode == "dot":
             sides = [operations[operand].type for operand in operation.operands]
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", operation.line)
-            dims = [int(n) for n in re.findall(r"\d+", sides[0][sides[0].index("[") : sides[0].index("]")])]
+            dims = dimensions(sides[0])
             depth = math.prod(dims[int(n)] for n in (contracted[1] if contracted else "").split(",") if n)
-            flops += 2 * depth * elements(operation.type)
+            flops += 2 * depth * math.prod(dimensions(operation.type))
     reads = sum(min(size, shape_bytes(operations[name].type)) for name, size in touched.items())
     (root,) = (Operation.of(line) for line in lines if line.startswith("  ROOT "))
     assert root is not None
@@ -647,9 +647,9 @@ def fused_work(lines: list[str]) -> tuple[int, int]:
     return reads + written, flops
 
 
-def elements(text: str) -> int:
+def dimensions(text: str) -> list[int]:
     """Of the one array in the text of a type."""
-    return math.prod(int(n) for n in re.findall(r"\d+", text[text.index("[") : text.index("]")]))
+    return [int(n) for n in re.findall(r"\d+", text[text.index("[") : text.index("]")])]
 
 
 @dataclasses.dataclass(frozen=True)

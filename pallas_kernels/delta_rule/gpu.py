@@ -71,6 +71,7 @@ own (``own_barriers`` of ``_gpu.Walk.call``): a comment says for whom where it i
 **Parallelism.** Walks are serial: SMs idle with fewer than 132 batch rows times heads times blocks of columns.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -297,12 +298,6 @@ def _walk_sizes(walk: _gpu.Walk, stages: int) -> tuple[int, int]:
     return (TILE // 2, 1) if _tight(walk) else (TILE, min(stages, walk.count))
 
 
-def _walk_tiles(walk: _gpu.Walk, width: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, _gpu.Operand]:
-    """Scratch memory for the operands of a walk. wgmma takes both of its operands swizzled alike: as the shortest rows allow."""
-    swizzle = 2 * width
-    return {name: _gpu.Operand((_gpu.tiles(*shape, swizzle=swizzle),) * walk.terms) for name, shape in shapes.items()}
-
-
 def _walk_scratch(walk: _gpu.Walk, stages: int, vectors, rules) -> dict[str, Any]:
     """Scratch memory for vectors and rules, and barriers: of what has slots for the stages, and of what is needed first and last."""
     return walk.small_scratch(stages, vectors, rules, arrays=2) | {
@@ -314,6 +309,7 @@ def _walk_scratch(walk: _gpu.Walk, stages: int, vectors, rules) -> dict[str, Any
 def _read(walk: _gpu.Walk, query, key, value, inverse, weights, state, vectors, rules, *, scale, save, config):
     """Output, final state, and states before the chunks if ``save``."""
     chunk, (width, stages) = walk.chunk, _walk_sizes(walk, config.stages)
+    make = functools.partial(walk.tiles, swizzle=2 * width)
 
     def body(
         query_g, key_g, value_g, inverse_g, weights_g, state_g, vectors_g, rules_g, out_g, final_g, states_g,
@@ -400,19 +396,15 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, weights, state, vectors, 
         "read",
         (query, key, value, inverse, weights, state.astype(jnp.float32), vectors, rules),
         (walk.template(*value.shape), jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32), states),
-        _walk_tiles(
-            walk,
-            width,
-            {
-                "query": (1, chunk, walk.key_dim),
-                "key": (stages, chunk, walk.key_dim),
-                "value": (stages, chunk, width),
-                "inverse": (1, chunk, chunk),
-                "weights": (1, chunk, chunk),
-                "carried": (1, walk.key_dim, width),
-                "written": (1, chunk, width),
-            },
-        ),
+        {
+            "query": make(1, chunk, walk.key_dim),
+            "key": make(stages, chunk, walk.key_dim),
+            "value": make(stages, chunk, width),
+            "inverse": make(1, chunk, chunk),
+            "weights": make(1, chunk, chunk),
+            "carried": make(1, walk.key_dim, width),
+            "written": make(1, chunk, width),
+        },
         _walk_scratch(walk, stages, vectors, rules),
         flops=4 * chunk * walk.value_dim + 6 * walk.key_dim * walk.value_dim,
         exponentials=0,
@@ -424,6 +416,7 @@ def _read(walk: _gpu.Walk, query, key, value, inverse, weights, state, vectors, 
 def _unwind(walk: _gpu.Walk, query, key, dout, inverse, weights, dfinal, vectors, rules, *, scale, config):
     """dV, cotangents of the states after the chunks, and that of the initial state."""
     chunk, last, (width, stages) = walk.chunk, walk.count - 1, _walk_sizes(walk, config.backward_stages)
+    make = functools.partial(walk.tiles, swizzle=2 * width)
 
     def body(
         query_g, key_g, dout_g, inverse_g, weights_g, dfinal_g, vectors_g, rules_g, dvalue_g, dstates_g, dstate_g,
@@ -508,19 +501,15 @@ def _unwind(walk: _gpu.Walk, query, key, dout, inverse, weights, dfinal, vectors
             walk.template(*walk.state_shape(walk.count)),
             jax.ShapeDtypeStruct(walk.state_shape(), jnp.float32),
         ),
-        _walk_tiles(
-            walk,
-            width,
-            {
-                "query": (1, chunk, walk.key_dim),
-                "key": (stages, chunk, walk.key_dim),
-                "dout": (stages, chunk, width),
-                "inverse": (1, chunk, chunk),
-                "weights": (1, chunk, chunk),
-                "carried": (1, walk.key_dim, width),
-                "error": (1, chunk, width),
-            },
-        ),
+        {
+            "query": make(1, chunk, walk.key_dim),
+            "key": make(stages, chunk, walk.key_dim),
+            "dout": make(stages, chunk, width),
+            "inverse": make(1, chunk, chunk),
+            "weights": make(1, chunk, chunk),
+            "carried": make(1, walk.key_dim, width),
+            "error": make(1, chunk, width),
+        },
         _walk_scratch(walk, stages, vectors, rules),
         flops=4 * chunk * walk.value_dim + 6 * walk.key_dim * walk.value_dim,
         exponentials=0,

@@ -318,11 +318,6 @@ def _slots(walk: _gpu.Walk, stages: int) -> int:
     return stages if walk.terms == 1 else 1
 
 
-def _walk_tiles(walk: _gpu.Walk, width: int, *shape: int) -> _gpu.Operand:
-    """Scratch memory for an operand of a walk. wgmma takes both of its operands swizzled alike, also that with longer rows."""
-    return _gpu.Operand((_gpu.tiles(*shape, swizzle=min(128, 2 * width)),) * walk.terms)
-
-
 def _walk_scratch(walk: _gpu.Walk, stages: int, slots: int, steps, across, rules) -> dict[str, Any]:
     """Scratch memory for vectors and rules, and barriers: of what is needed all the time, first, then, and last if that is apart."""
     return walk.small_scratch(stages, steps, rules, arrays=1, others=1) | {
@@ -338,7 +333,7 @@ def _read(walk: _gpu.Walk, chunks, value, inverse, state, steps, across, rules, 
     weights, asked, reading, writing = chunks
     chunk, tight, stages = walk.chunk, _tight(walk), min(stages, walk.count)
     slots, width = _slots(walk, stages), TILE // 2 if tight else TILE
-    make = functools.partial(_walk_tiles, walk, width)
+    make = functools.partial(walk.tiles, swizzle=2 * width)
 
     def body(
         weights_g, asked_g, reading_g, writing_g, value_g, inverse_g, state_g, steps_g, across_g, rules_g,
@@ -457,7 +452,7 @@ def _unwind(walk: _gpu.Walk, chunks, dout, inverse, dfinal, steps, across, rules
     weights, asked, reading, writing = chunks
     chunk, tight, last, stages = walk.chunk, _tight(walk), walk.count - 1, min(stages, walk.count)
     slots, width = _slots(walk, stages), TILE // 2 if tight else TILE
-    make = functools.partial(_walk_tiles, walk, width)
+    make = functools.partial(walk.tiles, swizzle=2 * width)
 
     def body(
         weights_g, asked_g, reading_g, writing_g, dout_g, inverse_g, dfinal_g, steps_g, across_g, rules_g,

@@ -357,8 +357,8 @@ def scan_chunks(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Run ``body(state, chunks) -> (state, output)`` over groups of chunks, in order, and undo the layout.
 
-    A group (about GROUP_TOKENS tokens; on a GPU, GROUP_CHUNKS_ON_GPU chunks if that is more) is large enough that all that does not depend on the state is a few batched matmuls, and
-    small enough to stay in cache. ``jax.checkpoint`` makes it the unit of recomputation: what the backward pass keeps from
+    A group (about GROUP_TOKENS tokens; on a GPU, GROUP_CHUNKS_ON_GPU chunks if that is more) is large enough that all that does
+    not depend on the state is a few batched matmuls, and small enough to stay in cache. ``jax.checkpoint`` makes it the unit of recomputation: what the backward pass keeps from
     the forward one are the inputs and the state at the start of each group, whatever the body computes; no state per token.
     """
     batch, length, heads = tokens[2].shape[:3]

@@ -112,8 +112,8 @@ def linear_recurrence(
     if sizes["T"] == 0:
         return x, initial_state
     log = decay is None
-    if form == "reference" or _loops.platform() != "gpu":
-        # The loops over tokens find arrays of the state's dtype. On a GPU they widen what they read, for fewer bytes.
+    if form == "reference" or is_complex or _loops.platform() != "gpu":
+        # The loops over tokens find arrays of the state's dtype. On a GPU they widen what they read, for fewer bytes, if it is real.
         gate = (jnp.exp(gate.astype(dtype)) if log else gate).astype(dtype)
         x, log = x.astype(dtype), False
     if form == "reference":

@@ -3,13 +3,15 @@
 No GPU and no kernel is involved: traced for a GPU, the XLA forms run on whatever is here.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_kernels
-from seqjax.ops import _chunks
+from seqjax.ops import _chunks, linear_recurrence
 from tests.laws import harness
 from tests.laws.harness import TOLERANCE, assert_close_rms
 from tests.laws.test_ops import OPS
@@ -73,3 +75,19 @@ def equations(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
+
+
+def test_a_real_decay_of_complex_inputs_has_a_real_gradient():
+    """As elsewhere: the decay is widened before the loops, which would otherwise drop the imaginary part of its cotangent on their way."""
+    x = jax.lax.complex(*jax.random.normal(jax.random.key(0), (2, 2, TIME, 3)))
+    decay = jax.nn.sigmoid(jax.random.normal(jax.random.key(1), (2, TIME, 3)))
+
+    def gradient(decay):
+        return jax.grad(lambda decay: jnp.sum(jnp.abs(linear_recurrence(x, decay=decay, implementation="xla")[0])))(
+            decay
+        )
+
+    with pallas_kernels.interpreted("gpu"), warnings.catch_warnings():
+        warnings.simplefilter("error")  # JAX warns of complex numbers cast to real ones
+        actual = gradient(decay)
+    np.testing.assert_allclose(actual, gradient(decay), rtol=1e-5)
